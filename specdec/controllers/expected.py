@@ -1,0 +1,75 @@
+"""The depth that maximizes expected tokens per second, given what a forward of n tokens costs."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from specdec import tree
+from specdec.controllers.fixed import bounded, judged
+from specdec.records import record
+from specdec.types import Controller, Plan, StepInfo
+
+
+@record
+class ExpectedState:
+    """Discounted counts by depth: `tried [b k]` (drafts whose predecessors were accepted) and `accepted [b k]`."""
+
+    tried: Float[Tensor, "b k"]
+    accepted: Float[Tensor, "b k"]
+
+
+def expected(
+    cost: Mapping[int, float],
+    *,
+    max_k: int = 8,
+    draft_cost: float = 0.0,
+    overhead: float = 0.0,
+    prior: float = 0.7,
+    weight: float = 2.0,
+    discount: float = 0.95,
+) -> Controller:
+    """Choose the k that maximizes (1 + sum_i prod_{j<=i} a_j) / (t(k+1) + k * draft_cost + overhead).
+
+    `cost[n]`: measured seconds of a target forward over n tokens, interpolated between the sizes given; `draft_cost`:
+    seconds per drafted token; `overhead`: seconds of a round outside both. a_j, the probability that depth j is
+    accepted when j - 1 was, is a discounted mean with a prior of mean `prior` and `weight` observations. The discount
+    runs in rounds without a draft, too, so an estimate that switched speculation off fades and is tried again.
+    The criterion is that of TurboSpec (arXiv:2406.14066) with the cost of a forward measured.
+    """
+    if max_k < 1:
+        raise ValueError(f"max_k must be at least 1, got {max_k}")
+    if 1 not in cost or min(cost.values()) <= 0:
+        raise ValueError("cost must give positive seconds for n = 1 and further n, for example {1: 0.04, 8: 0.06}")
+    seconds = [_interpolate(cost, n + 1) + n * draft_cost + overhead for n in range(max_k + 1)]
+
+    def init(rows: int, device: torch.device) -> ExpectedState:
+        none = torch.zeros(rows, max_k, device=device)
+        return ExpectedState(none, none)
+
+    def plan(state: ExpectedState, room: Tensor) -> Plan:
+        rate = (state.accepted + prior * weight) / (state.tried + weight)
+        tokens = 1 + torch.nn.functional.pad(rate.cumprod(-1).cumsum(-1), (1, 0))
+        value = tokens / torch.tensor(seconds, device=rate.device)
+        return bounded(value.argmax(-1), room)
+
+    def update(state: ExpectedState, info: StepInfo) -> ExpectedState:
+        index = torch.arange(max_k, device=info.running.device)
+        counts = judged(info)[:, None]
+        tried = counts & (index < tree.tree_depth(info.proposal)[:, None]) & (index <= info.verdict.num_accepted[:, None])
+        accepted = counts & (index < info.verdict.num_accepted[:, None])
+        fade = torch.where(info.running[:, None], discount, 1.0)
+        return ExpectedState(state.tried * fade + tried, state.accepted * fade + accepted)
+
+    return Controller(f"expected:max_k={max_k}", init, plan, update, max_k)
+
+
+def _interpolate(cost: Mapping[int, float], n: int) -> float:
+    """Piecewise linear between measured sizes, constant below the first and with the last slope beyond the last."""
+    sizes = sorted(cost)
+    if n <= sizes[0] or len(sizes) == 1:
+        return cost[sizes[0]]
+    upper = next((size for size in sizes if size >= n), sizes[-1])
+    lower = sizes[sizes.index(upper) - 1]
+    return cost[lower] + (cost[upper] - cost[lower]) * (n - lower) / (upper - lower)

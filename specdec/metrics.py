@@ -1,0 +1,117 @@
+"""Counters of a run: integers with a zero and an associative merge; rates are computed once, in `summarize`.
+
+The sufficient statistic is `hist[k][j]`: rounds in which k tokens deep was drafted and j of them were accepted.
+`hist[0][0]` counts the rounds without a draft. Every acceptance figure of the field is a projection of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from specdec.records import record
+
+
+@record
+class Metrics:
+    """Counters by row. `drafted`: tokens submitted (all nodes of a tree but the root), `emitted`: tokens committed,
+    `target_forwards`: rounds and prefills, `draft_forwards`: forwards of a draft model, `hist`: see the module."""
+
+    hist: Int[Tensor, "b k k"]
+    drafted: Int[Tensor, " b"]
+    emitted: Int[Tensor, " b"]
+    target_forwards: Int[Tensor, " b"]
+    draft_forwards: Int[Tensor, " b"]
+
+
+def zero(rows: int, max_depth: int, device: torch.device | str = "cpu") -> Metrics:
+    """Counters at zero, for drafts up to `max_depth` deep."""
+    count = torch.zeros(rows, dtype=torch.int64, device=device)
+    hist = torch.zeros(rows, max_depth + 1, max_depth + 1, dtype=torch.int64, device=device)
+    return Metrics(hist, count, count, count, count)
+
+
+def observe(
+    metrics: Metrics,
+    *,
+    depth: Int[Tensor, " b"],
+    accepted: Int[Tensor, " b"],
+    drafted: Int[Tensor, " b"],
+    emitted: Int[Tensor, " b"],
+    running: Bool[Tensor, " b"],
+    draft_forwards: int,
+) -> Metrics:
+    """Count one round of the rows that are `running`; `depth` is that of the drafted tree, `accepted` of the path."""
+    one = running.long()
+    size = metrics.hist.shape[1]
+    index = (depth * size + accepted)[:, None]
+    return Metrics(
+        hist=metrics.hist.flatten(1).scatter_add(1, index, one[:, None]).view_as(metrics.hist),
+        drafted=metrics.drafted + drafted * one,
+        emitted=metrics.emitted + emitted,
+        target_forwards=metrics.target_forwards + one,
+        draft_forwards=metrics.draft_forwards + draft_forwards * one,
+    )
+
+
+def merge(first: Metrics, second: Metrics) -> Metrics:
+    """The counters of both runs, row by row; the histogram grows to the deeper of the two."""
+    size = max(first.hist.shape[1], second.hist.shape[1])
+
+    def grown(hist: Tensor) -> Tensor:
+        missing = size - hist.shape[1]
+        return torch.nn.functional.pad(hist, (0, missing, 0, missing))
+
+    return Metrics(
+        hist=grown(first.hist) + grown(second.hist),
+        drafted=first.drafted + second.drafted,
+        emitted=first.emitted + second.emitted,
+        target_forwards=first.target_forwards + second.target_forwards,
+        draft_forwards=first.draft_forwards + second.draft_forwards,
+    )
+
+
+def summarize(metrics: Metrics, rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """Counts and rates over the given rows (all by default), as plain numbers.
+
+    - `acceptance_rate`: accepted / drafted; `None` when nothing was drafted.
+    - `mean_accepted_length`: emitted / rounds, the corrected or bonus token included, rounds without draft included.
+    - `tokens_per_forward`: emitted / target_forwards, prefill included.
+    - `per_position[i]`: share of the rounds whose draft reached depth i + 1 in which that depth was accepted.
+    - `per_position_conditional[i]`: the same among those in which depth i was accepted.
+    """
+    pick = slice(None) if rows is None else list(rows)
+    hist = metrics.hist[pick].sum(0)
+    size = hist.shape[0]
+    index = torch.arange(size, device=hist.device)
+    rounds = int(hist.sum())
+    accepted = int((hist.sum(0) * index).sum())
+    drafted, emitted = int(metrics.drafted[pick].sum()), int(metrics.emitted[pick].sum())
+    forwards = int(metrics.target_forwards[pick].sum())
+    counts = hist.tolist()
+
+    def rounds_with(depth: int, reached: int) -> int:
+        return sum(sum(row[reached:]) for row in counts[depth:])
+
+    deepest = max((k for k, row in enumerate(counts) if any(row)), default=0)
+    positions = range(1, deepest + 1)
+    return {
+        "rounds": rounds,
+        "drafted": drafted,
+        "accepted": accepted,
+        "emitted": emitted,
+        "target_forwards": forwards,
+        "draft_forwards": int(metrics.draft_forwards[pick].sum()),
+        "hist": [row[: deepest + 1] for row in counts[: deepest + 1]],
+        "acceptance_rate": _ratio(accepted, drafted),
+        "mean_accepted_length": _ratio(emitted, rounds),
+        "tokens_per_forward": _ratio(emitted, forwards),
+        "per_position": [_ratio(rounds_with(i, i), rounds_with(i, 0)) for i in positions],
+        "per_position_conditional": [_ratio(rounds_with(i, i), rounds_with(i, i - 1)) for i in positions],
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

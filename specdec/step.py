@@ -1,0 +1,166 @@
+"""The algorithm on one screen: a round is a pure function, and decoding is its iteration."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from specdec import metrics as counters
+from specdec import tree
+from specdec.cache import keep
+from specdec.sampling import Sampling
+from specdec.scoring import score
+from specdec.state import append_tokens, init_state, stop_rule, verified_tokens
+from specdec.types import FAILED, RUNNING, Controller, DecodeState, Drafter, Model, Policy, Step, StepInfo
+
+D = TypeVar("D")
+C = TypeVar("C")
+
+
+def build_step(
+    model: Model,
+    drafter: Drafter,
+    policy: Policy,
+    controller: Controller,
+    *,
+    sampling: Sampling | None = None,
+    eos_ids: Sequence[int] = (),
+) -> Step[Any, Any]:
+    """Compose one round of speculative decoding: plan, propose, score, draw, verify, stop, commit, observe.
+
+    The step consumes the state it is given (its cache handle) and returns the next one with what happened. Raises
+    `ValueError` for parts that do not fit together.
+    """
+    sampling = sampling or Sampling()
+    ends = tuple(eos_ids)
+    check_parts(model, drafter, policy, sampling)
+
+    def step(state: DecodeState[Any, Any]) -> tuple[DecodeState[Any, Any], StepInfo]:
+        running = ~state.done
+        room = torch.where(running, state.limit - state.length - 1, 0)
+        plan = controller.plan(state.controller, room)
+        proposal, drafter_state, draft_forwards = drafter.propose(state, plan, sampling)
+        proposal = tree.trim(proposal)
+        target, cache = score(
+            model,
+            state.cache,
+            proposal,
+            tokens=state.tokens,
+            length=state.length,
+            sampling=sampling,
+            features=drafter.features,
+        )
+        depth = tree.node_depths(proposal)
+        draws = policy.draw(state.key, state.round, depth, state.length, model.vocab_size)
+        verdict = policy.verify(proposal, target, draws, sampling)
+
+        tokens = verified_tokens(tree.path_tokens(proposal, verdict.path), verdict)
+        count, finish = stop_rule(tokens, verdict.num_accepted + 1, state.length, state.limit, ends)
+        broken = (target.logits.amax(-1).isnan() & proposal.valid).any(-1)
+        count = torch.where(running & ~broken, count, 0)
+        finish = torch.where(running, torch.where(broken, FAILED, finish), state.finish)
+
+        emitted = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < count[:, None], tokens, -1)
+        # The root's slot and those of all emitted tokens but the last: the cache ends one short of the text.
+        nodes = torch.cat([torch.zeros_like(verdict.path[:, :1]), verdict.path[:, :-1]], dim=1)
+        cache = keep(cache, state.length - 1, nodes, count, moved=not proposal.chain)
+        info = StepInfo(plan, proposal, verdict, emitted, count, running, draft_forwards)
+        after = dataclasses.replace(
+            state,
+            tokens=append_tokens(state.tokens, state.length, tokens, count),
+            length=state.length + count,
+            finish=finish,
+            round=state.round + running,
+            cache=cache,
+            drafter=drafter_state,
+            controller=controller.update(state.controller, info),
+            metrics=counters.observe(
+                state.metrics,
+                depth=tree.tree_depth(proposal),
+                accepted=verdict.num_accepted,
+                drafted=proposal.valid.sum(-1) - 1,
+                emitted=count,
+                running=running,
+                draft_forwards=draft_forwards,
+            ),
+            features=_features_at(target.features, nodes, count, state.features),
+        )
+        return dataclasses.replace(after, drafter=drafter.observe(after, info)), info
+
+    return step
+
+
+def iterate(step: Step[D, C], state: DecodeState[D, C]) -> Iterator[tuple[DecodeState[D, C], StepInfo]]:
+    """Yield the state and the info of every round until all rows are done.
+
+    Raises `ValueError` when the model gave NaN logits: no token can be chosen from them.
+    """
+    while any_running(state):
+        state, info = step(state)
+        yield state, info
+
+
+def decode(
+    prompts: Sequence[Sequence[int]],
+    *,
+    model: Model,
+    drafter: Drafter,
+    policy: Policy,
+    controller: Controller,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    eos_ids: Sequence[int] = (),
+    seed: int | Sequence[int] = 0,
+) -> DecodeState[Any, Any]:
+    """Decode `prompts` (token ids) to the end and return the final state; see `state.output_tokens`."""
+    step = build_step(model, drafter, policy, controller, sampling=sampling, eos_ids=eos_ids)
+    state = init_state(
+        prompts, model=model, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens, seed=seed
+    )
+    for state, _ in iterate(step, state):  # noqa: B007 (the last state is the result)
+        pass
+    return state
+
+
+def any_running(state: DecodeState[Any, Any]) -> bool:
+    """Whether a row is still to be decoded: the loop's one look at the device."""
+    finish = state.finish.tolist()
+    if FAILED in finish:
+        row = finish.index(FAILED)
+        raise ValueError(
+            f"the model returned NaN logits in row {row} after {int(state.length[row])} tokens; "
+            "check the weights, or use a wider dtype"
+        )
+    return RUNNING in finish
+
+
+def check_parts(model: Model, drafter: Drafter, policy: Policy, sampling: Sampling) -> None:
+    """Raise `ValueError` when these parts cannot be composed, with the reason and a remedy."""
+    if policy.chain_only and not drafter.chain:
+        raise ValueError(
+            f"policy {policy.name!r} verifies chains only and drafter {drafter.name!r} proposes trees; "
+            "use policy 'lossless', or let the drafter propose a chain"
+        )
+    if policy.greedy_only and sampling.temperature > 0:
+        raise ValueError(
+            f"policy {policy.name!r} decodes at temperature 0, got temperature {sampling.temperature}; "
+            "use policy 'lossless' to sample"
+        )
+    if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"drafter {drafter.name!r} has a vocabulary of {drafter.vocab_size} tokens and the target one of "
+            f"{model.vocab_size}; use a draft model with the target's tokenizer (see models.vocabulary)"
+        )
+
+
+def _features_at(
+    features: Tensor | None, nodes: Tensor, count: Tensor, before: Tensor | None
+) -> Tensor | None:
+    """The features after the last token whose slot was kept; those of before in rows that committed nothing."""
+    if features is None or before is None:
+        return before
+    rows = torch.arange(len(count), device=count.device)
+    last = nodes[rows, (count - 1).clamp_min(0)]
+    return torch.where((count > 0)[:, None], features[rows, last], before)

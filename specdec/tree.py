@@ -1,0 +1,139 @@
+"""Tree algebra on index arrays: `parents [b n]`, -1 at the root (node 0), smaller than the node's own index elsewhere.
+
+Padding nodes obey the same rule, so nothing here needs to know which nodes are valid.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdec.types import Proposal
+
+
+def chain_parents(rows: int, n: int, device: torch.device | str) -> Int[Tensor, "b n"]:
+    """-1, 0, 1, ...: the parents of a chain."""
+    return torch.arange(-1, n - 1, device=device).expand(rows, n)
+
+
+def chain(
+    root: Int[Tensor, " b"],
+    drafts: Int[Tensor, "b m"],
+    count: Int[Tensor, " b"],
+    draft_probs: Float[Tensor, "b m v"] | None = None,
+) -> Proposal:
+    """The chain root, drafts[:, 0], ...; the first `count` drafts of a row exist.
+
+    `draft_probs` row i is the law that `drafts[:, i]` was drawn from; without it the drafts are point masses.
+    """
+    rows, m = drafts.shape
+    tokens = torch.cat([root[:, None], drafts], dim=1)
+    valid = torch.arange(m + 1, device=drafts.device) <= count[:, None]
+    sampled = torch.zeros_like(valid)
+    if draft_probs is not None:
+        sampled = valid & (torch.arange(m + 1, device=drafts.device) > 0)
+        draft_probs = torch.cat([draft_probs, torch.zeros_like(draft_probs[:, :1])], dim=1) if m else None
+    # A padding node must still be a token the model can embed.
+    tokens = torch.where(valid, tokens, root[:, None])
+    return Proposal(tokens, chain_parents(rows, m + 1, drafts.device), valid, sampled, draft_probs, True, True)
+
+
+def root_only(root: Int[Tensor, " b"]) -> Proposal:
+    """The tree of plain decoding: one node, nothing drafted."""
+    return chain(root, root[:, None][:, :0], torch.zeros_like(root))
+
+
+def ancestors(parents: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]:
+    """`[b, i, j]`: node j is node i or one of its ancestors. Squaring the one-step relation: log2(n) products."""
+    n = parents.shape[1]
+    index = torch.arange(n, device=parents.device)
+    reach = ((parents[:, :, None] == index) | (index[:, None] == index)).float()
+    span = 1
+    while span < n - 1:
+        reach = (reach @ reach).clamp_max(1)
+        span *= 2
+    return reach > 0
+
+
+def depths(visible: Bool[Tensor, "b n n"]) -> Int[Tensor, "b n"]:
+    """Distance of each node from the root."""
+    return visible.sum(-1) - 1
+
+
+def node_depths(proposal: Proposal) -> Int[Tensor, "b n"]:
+    """`depths` of a proposal; a chain needs no algebra."""
+    if proposal.chain:
+        return torch.arange(proposal.tokens.shape[1], device=proposal.tokens.device).expand_as(proposal.tokens)
+    return depths(ancestors(proposal.parents))
+
+
+def trim(proposal: Proposal) -> Proposal:
+    """Without the last nodes that no row needs, so that a round without a match costs a plain forward.
+
+    Only where reading a number back is free: elsewhere static shapes are worth more.
+    """
+    if proposal.tokens.device.type != "cpu":
+        return proposal
+    used = int((proposal.valid.any(0).nonzero().amax())) + 1
+    if used == proposal.tokens.shape[1]:
+        return proposal
+    probs = None if proposal.draft_probs is None or used == 1 else proposal.draft_probs[:, :used]
+    return Proposal(
+        proposal.tokens[:, :used],
+        proposal.parents[:, :used],
+        proposal.valid[:, :used],
+        proposal.sampled[:, :used],
+        probs,
+        proposal.replacement,
+        proposal.chain or used <= 2,
+    )
+
+
+def tree_depth(proposal: Proposal) -> Int[Tensor, " b"]:
+    """Depth of each row's deepest valid node."""
+    if proposal.chain:
+        return proposal.valid.sum(-1) - 1
+    return (node_depths(proposal) * proposal.valid).amax(-1)
+
+
+def repeated_siblings(proposal: Proposal) -> Bool[Tensor, "b n"]:
+    """Nodes that carry the token of an earlier valid sibling."""
+    tokens, parents = proposal.tokens, proposal.parents
+    n = tokens.shape[1]
+    same = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
+    earlier = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril(-1)
+    return (same & earlier & proposal.valid[:, None, :]).any(-1)
+
+
+def path_tokens(proposal: Proposal, path: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """The tokens along a path, -1 where it has ended."""
+    return torch.where(path >= 0, proposal.tokens.gather(1, path.clamp_min(0)), -1)
+
+
+def merge(first: Proposal, second: Proposal) -> Proposal:
+    """The union of two batches of trees under one root.
+
+    A node of `second` that carries the same token as a node already there, below the same path, becomes that node.
+    Drafts that were sampled must come from `first`, and `second` must hold point masses: then dropping a duplicate
+    is harmless, because a sampled sibling that was rejected has no residual mass left. Dropping a sampled duplicate
+    would bias the output.
+    """
+    if bool(second.draft_probs is not None):
+        raise ValueError("the second tree of a merge must hold point-mass drafts only; pass the sampled tree first")
+    tokens, parents, valid, sampled = first.tokens, first.parents, first.valid, first.sampled
+    rows, added = tokens.shape[0], second.tokens.shape[1] - 1
+    place = torch.zeros(rows, added + 1, dtype=torch.int64, device=tokens.device)
+    for j in range(1, added + 1):
+        parent = place.gather(1, second.parents[:, j : j + 1])
+        token, exists = second.tokens[:, j : j + 1], second.valid[:, j : j + 1]
+        same = (parents == parent) & (tokens == token) & valid
+        found = same.any(1, keepdim=True)
+        index = torch.where(found, same.int().argmax(1, keepdim=True), tokens.shape[1])
+        place[:, j : j + 1] = torch.where(exists, index, 0)
+        tokens = torch.cat([tokens, token], 1)
+        parents = torch.cat([parents, parent], 1)
+        valid = torch.cat([valid, exists & ~found], 1)
+        sampled = torch.cat([sampled, torch.zeros_like(exists)], 1)
+    probs = first.draft_probs
+    if probs is not None:
+        probs = torch.cat([probs, probs.new_zeros(rows, added, probs.shape[2])], 1)
+    return Proposal(tokens, parents, valid, sampled, probs, first.replacement, False)
