@@ -24,8 +24,8 @@ SHAPES = {
     "model-tree-iid": lambda draft: drafters.draft_model(draft, branching=(2, 1), replacement=True),
     "model-tree-greedy": lambda draft: drafters.draft_model(draft, mode="greedy", branching=(2, 1)),
 }
-# Trees have tens of times the pieces of a chain.
-HEAVY = {"model-tree", "model-tree-iid", "union"}
+# Trees have tens of times the pieces of a chain, and an automaton is built for every piece.
+HEAVY = {"model-tree", "model-tree-iid", "union", "suffix", "suffix-tree"}
 POLICIES = {"lossless": policies.lossless, "match": policies.match, "block": policies.block}
 CONTROLLERS = {
     "fixed": lambda: controllers.fixed(2),
@@ -38,7 +38,7 @@ PROMPTS = st.sampled_from([[0], [1, 0, 1], [0, 1, 0, 1, 0], [1, 1, 1, 1]])
 
 def examples(name: str) -> int:
     """A share of the profile's examples: one enumeration costs as much as hundreds of ordinary ones."""
-    return max(2, settings().max_examples // (100 if name in HEAVY else 25))
+    return max(2, settings().max_examples // (100 if name in HEAVY else 50))
 
 
 def composable(shape: str, policy: str) -> bool:

@@ -132,7 +132,7 @@ def keep(
     check_fresh(cache)
     cache.store.generation += 1
     m = nodes.shape[1]
-    if moved and m > 1:
+    if moved and m:
         index = torch.arange(m, device=nodes.device)
         live = index < count[:, None]
         # A node that is not kept is written onto itself, so every row moves the same number of slots.
