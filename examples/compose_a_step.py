@@ -20,7 +20,9 @@ while not bool(state.done.all()):
         if info.running[row]:
             drafted = int(info.proposal.valid[row].sum()) - 1
             kept = int(info.verdict.num_accepted[row])
-            print(f"row {row}: drafted {drafted}, kept {kept}, wrote {[t for t in info.emitted[row].tolist() if t >= 0]}")
+            print(
+                f"row {row}: drafted {drafted}, kept {kept}, wrote {[t for t in info.emitted[row].tolist() if t >= 0]}"
+            )
 
 print(output_tokens(state))
 print({name: value for name, value in summarize(state.metrics).items() if name != "hist"})

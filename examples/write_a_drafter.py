@@ -6,7 +6,7 @@ python examples/write_a_drafter.py
 import torch
 
 from specdec import controllers, decode, policies, tree
-from specdec.drafters.none import last_token, stateless, unchanged
+from specdec.drafters.common import last_token, stateless, unchanged
 from specdec.metrics import summarize
 from specdec.models.tabular import tabular
 from specdec.testing import check_drafter

@@ -8,7 +8,7 @@ python examples/write_a_policy.py
 
 import torch
 
-from specdec.policies._follow import child_law, coin_draws
+from specdec.policies.walks import child_law, coin_draws
 from specdec.sampling import residual, sample, warp
 from specdec.testing import check_policy
 from specdec.types import Policy, Verdict

@@ -39,7 +39,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), n=st.integers(1, 5))
     def append(self, data, n):
-        tokens = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 6), min_size=n, max_size=n), min_size=2, max_size=2)))
+        tokens = torch.tensor(
+            data.draw(st.lists(st.lists(st.integers(0, 6), min_size=n, max_size=n), min_size=2, max_size=2))
+        )
         if max(len(row) for row in self.rows) + n > CAPACITY:
             with pytest.raises(CacheFullError):
                 append(self.cache, tokens)
@@ -63,7 +65,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Keep a subset of each row's last slots, as an accepted path does."""
         span = data.draw(st.integers(1, min(len(row) for row in self.rows)))
         chosen = [sorted(data.draw(st.sets(st.integers(0, span - 1)))) for _ in self.rows]
-        width = max(1, max(len(nodes) for nodes in chosen))
+        width = max(1, *(len(nodes) for nodes in chosen))
         nodes = torch.tensor([nodes + [0] * (width - len(nodes)) for nodes in chosen])
         base = torch.tensor([len(row) - span for row in self.rows])
         count = torch.tensor([len(nodes) for nodes in chosen])

@@ -39,12 +39,24 @@ def test_argmax_draft_with_softmax_law_is_rejected():
         tokens = laws.tokens.clone()
         for i in range(1, tokens.shape[1]):
             tokens[:, i] = laws.draft_probs[:, i - 1].argmax(-1)
-        return dataclasses.replace(laws, tokens=tokens), dataclasses.replace(drafter_state, tokens=tokens[:, :-1]), forwards
+        return (
+            dataclasses.replace(laws, tokens=tokens),
+            dataclasses.replace(drafter_state, tokens=tokens[:, :-1]),
+            forwards,
+        )
 
     # Depth 1, where the laws are those of the argmax chain as well.
-    assert law_error(
-        TARGET, sampling._replace(propose=propose), policies.lossless(), controllers.fixed(1), prompt=[0], max_new_tokens=2
-    ) > VISIBLE
+    assert (
+        law_error(
+            TARGET,
+            sampling._replace(propose=propose),
+            policies.lossless(),
+            controllers.fixed(1),
+            prompt=[0],
+            max_new_tokens=2,
+        )
+        > VISIBLE
+    )
     assert error_of(greedy, policies.lossless()) < 1e-9
 
 
@@ -132,7 +144,5 @@ def test_a_token_the_target_excludes_is_never_written(policy):
     table = torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.float64)
     target = from_table(table)
     draft = from_table(torch.zeros(1, 3, dtype=torch.float64))
-    error = law_error(
-        target, drafters.draft_model(draft), policy(), controllers.fixed(2), prompt=[0], max_new_tokens=3
-    )
+    error = law_error(target, drafters.draft_model(draft), policy(), controllers.fixed(2), prompt=[0], max_new_tokens=3)
     assert error < 1e-9

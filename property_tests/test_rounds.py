@@ -100,7 +100,7 @@ def test_round_emits_one_more_than_accepted(composed, prompts):
 def test_controller_bounds(composed, prompts):
     _, infos = run(*composed, prompts)
     for info in infos:
-        assert 0 <= int(info.plan.depth.min())
+        assert int(info.plan.depth.min()) >= 0
         assert int(info.plan.depth.max()) == info.plan.max_depth <= composed[0]["controller"].max_depth
 
 

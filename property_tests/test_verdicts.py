@@ -64,7 +64,7 @@ def cut(record, rows):
 @pytest.mark.parametrize("policy", [policies.lossless, policies.block])
 @given(data=st.data(), lower=st.floats(0, 1))
 def test_monotone_in_uniforms(policy, data, lower):
-    """A smaller acceptance uniform never loses an accepted node's place; a larger token uniform never lowers the token."""
+    """Smaller acceptance uniforms never shorten the path, a larger token uniform never lowers the token."""
     policy, sampling = policy(), Sampling(temperature=1.0)
     proposal, target, draws = data.draw(cases(chain=True))
     verdict = policy.verify(proposal, target, draws, sampling)
@@ -119,8 +119,9 @@ def test_block_accepts_as_many_as_token_in_expectation(data):
     seed = data.draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     shape = (1, 3, 3)
-    first_q, second_q = torch.softmax(torch.randn(3, generator=generator), -1), torch.softmax(
-        torch.randn(3, 3, generator=generator), -1
+    first_q, second_q = (
+        torch.softmax(torch.randn(3, generator=generator), -1),
+        torch.softmax(torch.randn(3, 3, generator=generator), -1),
     )
     p = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     bonus = torch.randn(3, generator=generator, dtype=torch.float64)

@@ -166,7 +166,9 @@ def _extent(length: Int[Tensor, " b"], bound: int) -> int:
     return int(length.max()) if length.device.type == "cpu" else bound
 
 
-def slot_visibility(cache: KVCache, n: int, extent: int, visible: Bool[Tensor, "b n w"] | None) -> Bool[Tensor, "b n s"]:
+def slot_visibility(
+    cache: KVCache, n: int, extent: int, visible: Bool[Tensor, "b n w"] | None
+) -> Bool[Tensor, "b n s"]:
     """Who sees what over the first `extent` slots: node i sees the committed slots and what `visible` allows.
 
     `visible` covers the last w slots after the append, w >= n (see `types.Forward`); `None` means a chain. `cache` is

@@ -39,7 +39,9 @@ def check_verdict(proposal: Proposal, verdict: Verdict) -> None:
     nodes = path.clamp_min(0)
     _refuse("an accepted node is not valid", live & ~proposal.valid.gather(1, nodes))
     before = torch.cat([torch.zeros_like(nodes[:, :1]), nodes[:, :-1]], dim=1)
-    _refuse("an accepted node is not a child of the one before it", live & (proposal.parents.gather(1, nodes) != before))
+    _refuse(
+        "an accepted node is not a child of the one before it", live & (proposal.parents.gather(1, nodes) != before)
+    )
     prob = verdict.accept_prob
     _refuse("an acceptance probability is outside [0, 1]", ~((prob >= 0) & (prob <= 1)))
     if not proposal.chain:

@@ -57,9 +57,7 @@ class ScriptedKey(Key):
         raise ValueError("Gumbel noise has no finite enumeration; compare coupled decoding token by token instead")
 
 
-def output_law(
-    step: Step[Any, Any], state: DecodeState[Any, Any], *, nodes: int, memoryless: bool = True
-) -> Law:
+def output_law(step: Step[Any, Any], state: DecodeState[Any, Any], *, nodes: int, memoryless: bool = True) -> Law:
     """The law of the tokens that iterating `step` from `state` (one row) writes until the row is done.
 
     `nodes`: the most nodes of a round's tree. With `memoryless`, rounds are enumerated one after the other and states
@@ -124,7 +122,7 @@ def _next_laws(model: Model, texts: list[list[int]], sampling: Sampling) -> Tens
     """The law of the next token of texts of one length."""
     tokens = torch.tensor(texts, device=model.device)
     logits, _, _ = model.forward(model.init_cache(len(texts), tokens.shape[1]), tokens)
-    assert logits is not None  # noqa: S101 (logits are on by default)
+    assert logits is not None
     last = logits[:, -1]
     if sampling.repetition_penalty != 1:
         length = torch.full((len(texts),), tokens.shape[1], device=model.device)

@@ -40,16 +40,12 @@ class Key:
         words = philox((torch.zeros_like(node), node, round[:, None], torch.full_like(node, purpose)), self.seed)
         return _unit(words)
 
-    def verification(
-        self, round: Int[Tensor, " b"], n: int
-    ) -> tuple[Float[Tensor, "b n"], Float[Tensor, " b"]]:
+    def verification(self, round: Int[Tensor, " b"], n: int) -> tuple[Float[Tensor, "b n"], Float[Tensor, " b"]]:
         """The uniforms of `Purpose.ACCEPT` for `n` nodes and of `Purpose.TOKEN`, in one launch."""
         node = torch.arange(n + 1, device=self.seed.device)[None, :]
         last = node == n
         purpose = torch.where(last, int(Purpose.TOKEN), int(Purpose.ACCEPT))
-        words = philox(
-            (torch.zeros_like(node), torch.where(last, 0, node), round[:, None], purpose), self.seed
-        )
+        words = philox((torch.zeros_like(node), torch.where(last, 0, node), round[:, None], purpose), self.seed)
         unit = _unit(words)
         return unit[:, :n], unit[:, n]
 

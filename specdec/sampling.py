@@ -95,9 +95,7 @@ def residual(p: Float[Tensor, "b v"], q: Float[Tensor, "b v"]) -> Float[Tensor, 
     return torch.where(mass > 0, rest / mass.clamp_min(torch.finfo(rest.dtype).tiny), p)
 
 
-def seen_tokens(
-    tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], vocab_size: int
-) -> Bool[Tensor, "b v"]:
+def seen_tokens(tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], vocab_size: int) -> Bool[Tensor, "b v"]:
     """Which tokens occur among the first `length` of each row."""
     live = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
     # Dead entries all point at the first token, which is always live.

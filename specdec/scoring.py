@@ -28,7 +28,7 @@ def score(
     visible = None if proposal.chain else tree.ancestors(proposal.parents)
     depth = None if visible is None else tree.depths(visible)
     logits, hidden, cache = model.forward(cache, proposal.tokens, depth, visible, logits=True, features=features)
-    assert logits is not None  # noqa: S101 (asked for above; narrows the type)
+    assert logits is not None
     if sampling.repetition_penalty != 1:
         if visible is None:
             n = proposal.tokens.shape[1]

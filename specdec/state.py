@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from specdec import cache as kv
@@ -99,7 +99,10 @@ def prefill(
 
 
 def stop_rule(
-    emitted: Int[Tensor, "b n"], count: Int[Tensor, " b"], length: Int[Tensor, " b"], limit: Int[Tensor, " b"],
+    emitted: Int[Tensor, "b n"],
+    count: Int[Tensor, " b"],
+    length: Int[Tensor, " b"],
+    limit: Int[Tensor, " b"],
     eos_ids: tuple[int, ...],
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
     """How many of the `count` verified tokens of a row are committed, and the row's `finish` after them.
@@ -152,7 +155,8 @@ def truncate_state(state: DecodeState[D, C], length: Int[Tensor, " b"], finish: 
 
 def fork_state(state: DecodeState[D, C]) -> DecodeState[D, C]:
     """An independent copy: stepping one of the two leaves the other usable."""
-    return map_rows(torch.clone, state)
+    copy: DecodeState[D, C] = map_rows(torch.clone, state)
+    return copy
 
 
 def output_tokens(state: DecodeState[D, C]) -> list[list[int]]:

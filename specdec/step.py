@@ -119,9 +119,10 @@ def decode(
     state = init_state(
         prompts, model=model, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens, seed=seed
     )
-    for state, _ in iterate(step, state):  # noqa: B007 (the last state is the result)
+    final = state
+    for final, _ in iterate(step, state):
         pass
-    return state
+    return final
 
 
 def any_running(state: DecodeState[Any, Any]) -> bool:
@@ -155,9 +156,7 @@ def check_parts(model: Model, drafter: Drafter, policy: Policy, sampling: Sampli
         )
 
 
-def _features_at(
-    features: Tensor | None, nodes: Tensor, count: Tensor, before: Tensor | None
-) -> Tensor | None:
+def _features_at(features: Tensor | None, nodes: Tensor, count: Tensor, before: Tensor | None) -> Tensor | None:
     """The features after the last token whose slot was kept; those of before in rows that committed nothing."""
     if features is None or before is None:
         return before

@@ -58,9 +58,7 @@ def law_error(
     an exact composition. Cost grows with vocab_size ** depth: use vocabularies of 2 to 4 and depths up to 3."""
     sampling = sampling or Sampling(temperature=1.0)
     step = build_step(model, drafter, policy, controller, sampling=sampling, eos_ids=eos_ids)
-    state = init_state(
-        [prompt], model=model, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens
-    )
+    state = init_state([prompt], model=model, drafter=drafter, controller=controller, max_new_tokens=max_new_tokens)
     nodes = drafter.max_nodes(controller.max_depth)
     written = output_law(step, state, nodes=nodes, memoryless=memoryless)
     wanted = target_law(model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids)
@@ -85,8 +83,8 @@ def check_policy(policy: Policy, *, tolerance: float = 1e-9, seed: int = 0) -> f
         )
         if policy.exact and error > tolerance:
             raise ValueError(
-                f"policy {policy.name!r} claims to be exact, but with drafter {drafter.name!r} its output law is off by "
-                f"{error:.3g} in total variation"
+                f"policy {policy.name!r} claims to be exact, but with drafter {drafter.name!r} its output law is "
+                f"off by {error:.3g} in total variation"
             )
         worst = max(worst, error)
     return worst
@@ -95,7 +93,8 @@ def check_policy(policy: Policy, *, tolerance: float = 1e-9, seed: int = 0) -> f
 def check_drafter(
     drafter: Drafter, model: Model, policy: Policy, *, prompts: Sequence[Sequence[int]], depth: int = 4
 ) -> None:
-    """Decode `prompts` with every round checked (`transforms.with_checks`); raises `ValueError` at the first violation."""
+    """Decode `prompts` with every round checked (`transforms.with_checks`); raises `ValueError` at the first
+    violation."""
     controller = fixed(depth)
     sampling = Sampling(temperature=0.0 if policy.greedy_only else 1.0)
     step = with_checks(build_step(model, drafter, policy, controller, sampling=sampling))

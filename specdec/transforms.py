@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from specdec_kernels.clock import Clock
 
 from specdec.checks import check_proposal, check_verdict
 from specdec.types import Controller, Drafter, Model, Policy, Step, StepInfo
+from specdec_kernels.clock import Clock
 
 D = TypeVar("D")
 C = TypeVar("C")
@@ -80,13 +80,16 @@ def with_checks(step: Step[D, C]) -> Step[D, C]:
     Proposal and verdict must be well formed (see `specdec.checks`), the text must only
     grow, and the cache must end one short of it.
     """
+
     def checked_step(state: Any) -> tuple[Any, StepInfo]:
         before, length = state.tokens.clone(), state.length.clone()
         state, info = step(state)
         check_proposal(info.proposal)
         check_verdict(info.proposal, info.verdict)
         if bool((state.cache.length != state.length - 1).any()):
-            raise ValueError(f"cache lengths {state.cache.length.tolist()} do not end one short of {state.length.tolist()}")
+            raise ValueError(
+                f"cache lengths {state.cache.length.tolist()} do not end one short of {state.length.tolist()}"
+            )
         index = torch.arange(before.shape[1], device=before.device)
         if bool(((state.tokens != before) & (index < length[:, None])).any()):
             raise ValueError("a round changed a committed token")

@@ -73,7 +73,7 @@ def trim(proposal: Proposal) -> Proposal:
     """
     if proposal.tokens.device.type != "cpu":
         return proposal
-    used = int((proposal.valid.any(0).nonzero().amax())) + 1
+    used = int(proposal.valid.any(0).nonzero().amax()) + 1
     if used == proposal.tokens.shape[1]:
         return proposal
     probs = None if proposal.draft_probs is None or used == 1 else proposal.draft_probs[:, :used]

@@ -18,7 +18,7 @@ verifies it, and commits the accepted path plus exactly one token of the target'
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -155,13 +155,15 @@ class StepInfo:
     timing: Mapping[str, float] | None = None
 
 
+@runtime_checkable
 class Forward(Protocol):
     """Append `tokens` to the cache and score them; consumes `cache` and returns the next handle.
 
     `depth`: position of each node relative to `cache.length`. `visible [b n w]`, w >= n: which of the last w slots, the
     new ones being the last n, a node sees besides all earlier ones (its ancestors and itself); w > n continues a tree
-    whose first nodes an earlier call has written. Both `None` for a chain. Returns `(logits [b n v] or None, features [b n h] or None, cache)`; row i of the
-    logits is the law after node i. Asking for neither writes the cache and returns no tensors (prefill).
+    whose first nodes an earlier call has written. Both `None` for a chain. Returns `(logits [b n v] or None,
+    features [b n h] or None, cache)`; row i of the logits is the law after node i. Asking for neither writes the cache
+    and returns no tensors (prefill).
     """
 
     def __call__(
@@ -237,8 +239,8 @@ class Controller(NamedTuple):
     """How much to draft.
 
     `init(rows, device)` makes its state, `plan(controller_state, room)` returns a `Plan` with
-    `depth <= min(max_depth, room)`, `update(controller_state, info)` learns from the round. `room [b]` is how many drafts
-    a row can still use. A plan may depend on the past only: a controller never sees the token it decides about.
+    `depth <= min(max_depth, room)`, `update(controller_state, info)` learns from the round. `room [b]` is how many
+    drafts a row can still use. A plan may depend on the past only: a controller never sees the token it decides about.
     """
 
     name: str

@@ -32,7 +32,9 @@ def test_no_package_is_called_kernels_or_cli():
 
 
 def test_transformers_imports_at_the_repository_root():
-    subprocess.run([sys.executable, "-c", "import transformers, torch; transformers.LlamaConfig()"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import transformers, torch; transformers.LlamaConfig()"], cwd=ROOT, check=True
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -63,7 +65,8 @@ def test_annotations_stay_real(path):
 
 @pytest.mark.parametrize("statement", ["import specdec", "import specdec_cli.main"])
 def test_light_imports_stay_light(statement):
-    check = f"import sys; {statement}; print([m for m in ('torch', 'transformers', 'rich', 'hypothesis') if m in sys.modules])"
+    heavy = ("torch", "transformers", "rich", "hypothesis")
+    check = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

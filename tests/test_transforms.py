@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from specdec_kernels.clock import Clock
 
 from specdec import controllers, drafters, output_tokens, policies
 from specdec.models.tabular import tabular, tabular_draft
@@ -12,6 +11,7 @@ from specdec.sampling import Sampling
 from specdec.state import init_state
 from specdec.step import build_step, iterate
 from specdec.transforms import Parts, timed_parts, with_checks, with_timing, with_trace
+from specdec_kernels.clock import Clock
 
 TARGET = tabular(5, seed=1)
 PARTS = Parts(
@@ -28,10 +28,8 @@ def run(parts, wrap=lambda step: step):
     state = init_state(
         [[1, 2]], model=parts.model, drafter=parts.drafter, controller=parts.controller, max_new_tokens=20
     )
-    infos = []
-    for state, info in iterate(step, state):
-        infos.append(info)
-    return output_tokens(state), infos
+    rounds = list(iterate(step, state))
+    return output_tokens(rounds[-1][0]), [info for _, info in rounds]
 
 
 def test_timing_splits_the_round():

@@ -57,7 +57,9 @@ def expected(
     def update(state: ExpectedState, info: StepInfo) -> ExpectedState:
         index = torch.arange(max_k, device=info.running.device)
         counts = judged(info)[:, None]
-        tried = counts & (index < tree.tree_depth(info.proposal)[:, None]) & (index <= info.verdict.num_accepted[:, None])
+        tried = (
+            counts & (index < tree.tree_depth(info.proposal)[:, None]) & (index <= info.verdict.num_accepted[:, None])
+        )
         accepted = counts & (index < info.verdict.num_accepted[:, None])
         fade = torch.where(info.running[:, None], discount, 1.0)
         return ExpectedState(state.tried * fade + tried, state.accepted * fade + accepted)

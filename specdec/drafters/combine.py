@@ -42,7 +42,9 @@ def first_hit(first: Drafter, second: Drafter) -> Drafter:
 def union(first: Drafter, second: Drafter) -> Drafter:
     """Both drafters' trees under one root. A drafter that samples must come first (see `tree.merge`)."""
     if second.vocab_size is not None:
-        raise ValueError(f"in a union the drafter with a model must come first; put {second.name!r} before {first.name!r}")
+        raise ValueError(
+            f"in a union the drafter with a model must come first; put {second.name!r} before {first.name!r}"
+        )
 
     def propose(state: DecodeState[Any, Any], plan: Plan, sampling: Sampling) -> tuple[Proposal, PairState, int]:
         pair: PairState = state.drafter
@@ -65,9 +67,11 @@ def _pair(name: str, first: Drafter, second: Drafter, propose: Any, *, chain: bo
             second.observe(dataclasses.replace(state, drafter=pair.second), info),
         )
 
-    sizes = {drafter.vocab_size for drafter in (first, second)} - {None}
+    sizes = {drafter.vocab_size for drafter in (first, second) if drafter.vocab_size is not None}
     if len(sizes) > 1:
-        raise ValueError(f"{first.name!r} and {second.name!r} draft from vocabularies of different sizes: {sorted(sizes)}")
+        raise ValueError(
+            f"{first.name!r} and {second.name!r} draft from vocabularies of different sizes: {sorted(sizes)}"
+        )
     return Drafter(
         f"{name}({first.name}, {second.name})",
         init,

@@ -10,12 +10,12 @@ from torch import Tensor
 from specdec import cache as kv
 from specdec import tree
 from specdec.cache import KVCache
-from specdec.drafters.none import last_token, stateless, unchanged
+from specdec.drafters.common import last_token, stateless, unchanged
 from specdec.records import record
+from specdec.rng import Purpose
 from specdec.sampling import Sampling, penalize, sample, warp
 from specdec.scoring import prefix_tokens
 from specdec.state import prefill
-from specdec.rng import Purpose
 from specdec.types import DecodeState, Drafter, Model, Plan, Proposal, StepInfo
 
 Mode = Literal["sample", "greedy", "coupled"]
@@ -106,7 +106,8 @@ def early_exit(target: Model, layers: int, *, mode: Mode = "sample", branching: 
     shape = _check(mode, branching)
     if target.early_exit is None:
         raise ValueError(
-            f"model {target.name!r} ({target.adapter} adapter) cannot exit early; use adapter 'decoder' or another drafter"
+            f"model {target.name!r} ({target.adapter} adapter) cannot exit early; use adapter 'decoder' or "
+            "another drafter"
         )
     model = target.early_exit(layers)
 
@@ -164,10 +165,12 @@ def _expand(
             # Relative to the cache's end, which has moved on by all earlier nodes.
             depth = torch.full_like(tokens[:, here], level - begin)
         logits, _, cache = model.forward(cache, tokens[:, here], depth, visible)
-        assert logits is not None  # noqa: S101 (logits are on by default)
+        assert logits is not None
         if sampling.repetition_penalty != 1:
             logits = _penalized(logits, tokens, parents, here, state, sampling)
-        children, exists, law = _children(logits, width, begin + sizes[level], level, sampling, uniforms, noise, replacement)
+        children, exists, law = _children(
+            logits, width, begin + sizes[level], level, sampling, uniforms, noise, replacement
+        )
         if law is not None:
             laws.append(law)
         parent = torch.arange(begin, begin + sizes[level], device=device).repeat_interleave(width).expand(rows, -1)
@@ -222,9 +225,7 @@ def _penalized(
     return penalize(logits, seen, sampling)
 
 
-def _follow_emitted(
-    drafter: DraftState, emitted: Int[Tensor, "b m"]
-) -> tuple[Int[Tensor, "b d"], Int[Tensor, " b"]]:
+def _follow_emitted(drafter: DraftState, emitted: Int[Tensor, "b m"]) -> tuple[Int[Tensor, "b d"], Int[Tensor, " b"]]:
     """The nodes of the drafter's own tree that the committed tokens followed, root included, and their number.
 
     Goes by the tokens and not by the verdict's path: in a combined tree the nodes are numbered differently.

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdec import tree
-from specdec.drafters.none import last_token, stateless, unchanged
+from specdec.drafters.common import last_token, stateless, unchanged
 from specdec.sampling import Sampling
 from specdec.types import DecodeState, Drafter, Plan, Proposal
 
@@ -43,7 +43,7 @@ def ngram(*, max_ngram: int = 3, min_ngram: int = 1, matches: int = 1, window: i
             count = torch.where(best[:, m] >= 0, plan.depth, 0)
             found = tree.chain(root, drafts, count)
             proposal = found if proposal is None else tree.merge(proposal, found)
-        assert proposal is not None  # noqa: S101 (topk returns at least one column)
+        assert proposal is not None
         return proposal, None, 0
 
     return Drafter(

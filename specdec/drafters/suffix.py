@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec import tree
-from specdec.drafters.none import last_token, unchanged
+from specdec.drafters.common import last_token, unchanged
 from specdec.records import Memo, record, register
 from specdec.sampling import Sampling
 from specdec.types import DecodeState, Drafter, Plan, Proposal

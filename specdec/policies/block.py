@@ -2,7 +2,7 @@
 
 import torch
 
-from specdec.policies._follow import child_law, coin_draws
+from specdec.policies.walks import child_law, coin_draws
 from specdec.sampling import Sampling, residual, sample, warp
 from specdec.types import Draws, Policy, Proposal, Target, Verdict
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from specdec.policies._follow import choice_walk, coin_draws, no_draws
+from specdec.policies.walks import choice_walk, coin_draws, no_draws
 from specdec.rng import Key
 from specdec.sampling import Sampling, sample, warp
 from specdec.types import Draws, Policy, Proposal, Target, Verdict
@@ -53,7 +53,7 @@ def coupled() -> Policy:
         return Draws(zeros, zeros[:, 0], noise.gather(1, index))
 
     def verify(proposal: Proposal, target: Target, draws: Draws, sampling: Sampling) -> Verdict:
-        assert draws.noise is not None  # noqa: S101 (this policy's own `draw` made it)
+        assert draws.noise is not None
         p = warp(target.logits, sampling)
         return choice_walk(proposal, (p.log() + draws.noise).argmax(-1))
 
