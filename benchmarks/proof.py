@@ -1,0 +1,180 @@
+"""The proof on the real model: every drafter and both adapters write what `transformers` writes, token for token.
+
+Greedy decoding is compared with `generate`; coupled sampling with itself across drafters, depths and batches. Rows are
+appended as they finish, so an interrupted run goes on where it stopped.
+
+python benchmarks/proof.py --questions 40 --out docs/results/proof.jsonl
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import chat_prompt, huggingface_greedy, huggingface_model, provenance, read_questions
+
+from specdec import Sampling, controllers, decode, drafters, output_tokens, policies
+from specdec.divergence import first_divergence
+from specdec.models.loading import Loaded, load
+from specdec.types import Drafter, Model
+
+MODEL = "smollm2-135m"
+
+
+def greedy_drafters(model: Model) -> dict[str, Callable[[], Drafter]]:
+    """Every drafter that can run on one model; the draft model proper is the target's first layers with own cache."""
+    made: dict[str, Callable[[], Drafter]] = {
+        "none": drafters.none,
+        "ngram": drafters.ngram,
+        "ngram-tree": lambda: drafters.ngram(matches=3),
+        "suffix": drafters.suffix,
+        "suffix-tree": lambda: drafters.suffix(nodes=12),
+    }
+    if model.early_exit is not None:
+        short = model.early_exit(10)
+        made |= {
+            "early_exit": lambda: drafters.early_exit(model, 10, mode="greedy"),
+            "early_exit-tree": lambda: drafters.early_exit(model, 10, mode="greedy", branching=(2, 1, 1)),
+            "model": lambda: drafters.draft_model(short, mode="greedy"),
+            "model-tree": lambda: drafters.draft_model(short, mode="greedy", branching=(2, 2)),
+            "first": lambda: drafters.first_hit(
+                drafters.ngram(min_ngram=2), drafters.draft_model(short, mode="greedy")
+            ),
+            "union": lambda: drafters.union(drafters.draft_model(short, mode="greedy"), drafters.ngram()),
+        }
+    return made
+
+
+def greedy_rows(loaded: Loaded, questions: list[dict[str, Any]], new_tokens: int, names: set[str]) -> Iterator[Any]:
+    """Compare each drafter's greedy output with `generate`, question by question."""
+    reference = huggingface_model(loaded.path)
+    made = {name: make for name, make in greedy_drafters(loaded.model).items() if not names or name in names}
+    for question in questions:
+        prompt = chat_prompt(loaded.tokenizer, question["turns"][0])
+        wanted: list[int] | None = None
+        for name, make in made.items():
+            key = {"kind": "greedy", "question_id": question["question_id"], "adapter": loaded.adapter, "drafter": name}
+            if not (yield key):
+                continue
+            wanted = wanted or huggingface_greedy(reference, prompt, new_tokens)
+            state = decode(
+                [prompt],
+                model=loaded.model,
+                drafter=make(),
+                policy=policies.greedy(),
+                controller=controllers.fixed(4),
+                max_new_tokens=new_tokens,
+                eos_ids=loaded.eos_ids,
+            )
+            tokens = output_tokens(state)[0]
+            parted = first_divergence(loaded.model, prompt, tokens, wanted)
+            yield {
+                **key,
+                "prompt_tokens": len(prompt),
+                "new_tokens": len(tokens),
+                "identical": parted is None,
+                "divergence": None if parted is None else parted._asdict(),
+            }
+
+
+def coupled_rows(loaded: Loaded, questions: list[dict[str, Any]], new_tokens: int) -> Iterator[Any]:
+    """Coupled sampling writes one text whatever the drafter, the depth and the batch."""
+    model = loaded.model
+    made: dict[str, Callable[[], Drafter]] = {
+        "none": drafters.none,
+        "ngram": drafters.ngram,
+        "suffix": drafters.suffix,
+        "early_exit": lambda: drafters.early_exit(model, 10, mode="coupled"),
+    }
+    prompts = [chat_prompt(loaded.tokenizer, question["turns"][0]) for question in questions]
+
+    def run(name: str, k: int, rows: list[int]) -> list[list[int]]:
+        state = decode(
+            [prompts[row] for row in rows],
+            model=model,
+            drafter=made[name](),
+            policy=policies.coupled(),
+            controller=controllers.fixed(k),
+            max_new_tokens=new_tokens,
+            sampling=Sampling(temperature=0.8, top_p=0.95),
+            eos_ids=loaded.eos_ids,
+            seed=[1000 + row for row in rows],
+        )
+        return output_tokens(state)
+
+    for begin in range(0, len(prompts) - 2, 3):
+        group = [begin, begin + 1, begin + 2]
+        plain: list[list[int]] | None = None
+        for name in made:
+            for k in [0] if name == "none" else range(1, 9):
+                for batch in (1, 3):
+                    key = {
+                        "kind": "coupled",
+                        "question_id": [questions[row]["question_id"] for row in group],
+                        "adapter": loaded.adapter,
+                        "drafter": name,
+                        "k": k,
+                        "batch": batch,
+                    }
+                    if not (yield key):
+                        continue
+                    plain = plain or [run("none", 0, [row])[0] for row in group]
+                    tokens = run(name, k, group) if batch == 3 else [run(name, k, [row])[0] for row in group]
+                    yield {**key, "identical": tokens == plain, "new_tokens": sum(map(len, tokens))}
+
+
+@click.command()
+@click.option("--questions", default=40, show_default=True)
+@click.option("--questions-file", type=click.Path(path_type=Path))
+@click.option("--coupled-questions", default=3, show_default=True, help="In groups of three.")
+@click.option("--new-tokens", default=64, show_default=True)
+@click.option("--adapter", "adapters", multiple=True, default=("decoder", "huggingface"), show_default=True)
+@click.option("--drafter", "names", multiple=True, help="Only these drafters (repeatable).")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/results/proof.jsonl"), show_default=True)
+def main(
+    questions: int,
+    questions_file: Path | None,
+    coupled_questions: int,
+    new_tokens: int,
+    adapters: tuple[str, ...],
+    names: tuple[str, ...],
+    threads: int,
+    out: Path,
+) -> None:
+    torch.set_num_threads(threads)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = provenance(model=MODEL, dtype="float32", new_tokens=new_tokens, k=4, template="chat", prompt_limit=512)
+    done: set[str] = set()
+    if out.is_file():
+        done = {json.dumps(json.loads(line)["key"], sort_keys=True) for line in out.read_text().splitlines()}
+    failures = 0
+    with out.open("a") as sink:
+        for adapter in adapters:
+            loaded = load(MODEL, adapter=adapter, device="cpu")
+            asked = read_questions(questions_file, questions)
+            sources = [greedy_rows(loaded, asked, new_tokens, set(names))]
+            if adapter == "decoder" and not names:
+                sources.append(coupled_rows(loaded, asked[:coupled_questions], new_tokens))
+            for source in sources:
+                # A generator first names the row it would make and is told whether it is wanted.
+                for key in source:
+                    if json.dumps(key, sort_keys=True) in done:
+                        continue
+                    row = source.send(True)
+                    sink.write(json.dumps({"key": key, **row, "commit": settings["commit"]}) + "\n")
+                    sink.flush()
+                    if not row["identical"]:
+                        failures += 1
+                        click.echo(f"differs: {row}")
+    out.with_suffix(".meta.json").write_text(json.dumps(settings, indent=2) + "\n")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for kind in ("greedy", "coupled"):
+        here = [row for row in rows if row["kind"] == kind]
+        click.echo(f"{kind}: {sum(row['identical'] for row in here)} of {len(here)} identical")
+
+
+if __name__ == "__main__":
+    main()
