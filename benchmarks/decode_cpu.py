@@ -17,12 +17,11 @@ import click
 import torch
 from common import chat_prompt, huggingface_greedy, huggingface_model, provenance, read_questions
 
-from specdec import Sampling, build_step, controllers, drafters, init_state, iterate, output_tokens, policies
+from specdec import Sampling, build_step, controllers, drafters, init_state, iterate, output_tokens, policies, registry
 from specdec.models.costs import cached_costs
 from specdec.models.loading import Loaded, load
+from specdec.registry import parse_controller, parse_drafter
 from specdec.transforms import Parts, timed_parts, with_timing
-from specdec_cli import registry
-from specdec_cli.options import parse_controller, parse_drafter
 from specdec_kernels.clock import Clock
 
 MODEL = "smollm2-135m"

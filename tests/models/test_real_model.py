@@ -123,7 +123,7 @@ def test_after_every_round_the_cache_equals_a_fresh_prefill(adapters, prompts, a
     parts = {"model": model, "drafter": make_drafter(drafter, model), "controller": controllers.fixed(3)}
     step = build_step(policy=policies.greedy(), **parts)
     state = init_state(prompts[:1], max_new_tokens=8, **parts)
-    for state, _ in iterate(step, state):
+    for state, _ in iterate(step, state):  # noqa: B020 (the state is what the loop is about)
         length = state.length - 1
         fresh, _ = prefill(model, state.tokens, length, int(length) + 1)
         for ours, theirs in zip(state.cache.store.slots, fresh.store.slots, strict=True):

@@ -1,0 +1,1 @@
+"""The `specdec` command: it parses, calls the library and prints."""

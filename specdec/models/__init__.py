@@ -1,0 +1,1 @@
+"""Language models behind one bundle, `specdec.types.Model`: toys, checkpoints, and anything transformers can run."""

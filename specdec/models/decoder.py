@@ -1,0 +1,265 @@
+"""A lean functional decoder: weights in, logits out, over one slot cache.
+
+It runs the checkpoints of Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2, OPT and GPT-NeoX without the module tree they
+were saved from. The saving is in launches, which is what a forward of one to eight tokens of a small model spends its
+time on besides reading its weights: queries, keys and values are one matrix, and so are gate and up; a rotation is
+one complex product; the attention mask is made once per forward, and not at all for a single row and token.
+
+Cache layout: one tensor `slots [2 * layers, b, c, kv_heads, d]`; group 2 i holds the keys of layer i, rotated, and
+group 2 i + 1 its values. A model of the first layers (`early_exit`) finds its groups at the front of the full model's.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from specdec import cache as kv
+from specdec.cache import KVCache
+from specdec.models.checkpoint import Affine, LayerWeights, Reader, Spec
+from specdec.models.families import FAMILIES, supports
+from specdec.models.report import ModelError
+from specdec.models.window import additive_mask, open_window
+from specdec.types import Model
+from specdec_kernels import linear as linears
+from specdec_kernels.dispatch import choose
+
+__all__ = ["build_decoder", "supports"]
+
+Function = Callable[[Tensor], Tensor]
+
+_ACTIVATIONS: Mapping[str, Function] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+class _Layer(NamedTuple):
+    attention_norm: Function
+    qkv: Function
+    head_norm: Tensor | None
+    out: Function
+    feed_norm: Function
+    up: Function
+    down: Function
+
+
+class _Network(NamedTuple):
+    """A decoder ready to run. `angles [d / 2]`: radians per position of each pair of channels, 0 for resting ones."""
+
+    spec: Spec
+    embedding: Tensor
+    positions: Tensor | None
+    angles: Tensor | None
+    layers: tuple[_Layer, ...]
+    final_norm: Function
+    head: Function
+
+
+def build_decoder(
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear: str = "auto",
+) -> Model:
+    """The model of a checkpoint: `config` as transformers reads it, `tensors` as safetensors name them.
+
+    `linear`: the implementation of the linear layers (`specdec_kernels.dispatch`). `Model.about` tells which one runs
+    and why. Logits are float32, or float64 in a float64 model. Token ids must be in the vocabulary even at nodes that
+    are padding.
+
+    Raises `ModelError` (a `ValueError`) for a configuration that `supports` refuses and for weights that do not match
+    the configuration, and `ValueError` for a `linear` that cannot run.
+    """
+    reason = supports(config)
+    if reason is not None:
+        raise ModelError(f"the decoder cannot run {name}: {reason}; use the Hugging Face adapter")
+    choice = choose("linear", device, dtype, linear)
+    family = FAMILIES[config.model_type]
+    spec = family.describe(config)
+    reader = Reader(tensors, dtype, device)
+
+    def pack(weights: Affine) -> Function:
+        return linears.pack(weights.weight, weights.bias, choice.implementation)
+
+    with torch.no_grad():
+        # Layer by layer, so that only one of them is in memory both as stored and as packed.
+        layers = tuple(
+            _build_layer(spec, family.layer(config, spec, reader, index), pack) for index in range(spec.num_layers)
+        )
+        ends = family.ends(config, spec, reader)
+        reader.refuse_unread(family.ignored)
+        network = _Network(
+            spec=spec,
+            embedding=ends.embedding,
+            positions=ends.positions,
+            angles=_padded_angles(spec, device),
+            layers=layers,
+            final_norm=_build_norm(spec, ends.final_norm),
+            head=pack(ends.head),
+        )
+    about = {"architecture": config.model_type, "linear": choice.implementation, "linear_reason": choice.reason}
+    return _build_model(network, name, about)
+
+
+def _build_model(network: _Network, name: str, about: Mapping[str, Any]) -> Model:
+    spec, dtype, device = network.spec, network.embedding.dtype, network.embedding.device
+    layers = len(network.layers)
+
+    def init_cache(rows: int, capacity: int) -> KVCache:
+        # Zeros, not `empty`: a slot that a row does not see has attention weight 0, and 0 times NaN is NaN.
+        return kv.init_cache(
+            torch.zeros(2 * layers, rows, capacity, spec.kv_heads, spec.head_size, dtype=dtype, device=device)
+        )
+
+    def forward(
+        cache: KVCache,
+        tokens: Int[Tensor, "b n"],
+        depth: Int[Tensor, "b n"] | None = None,
+        visible: Bool[Tensor, "b n w"] | None = None,
+        *,
+        logits: bool = True,
+        features: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, KVCache]:
+        with torch.inference_mode():
+            hidden, extent = _run_layers(network, cache, tokens, depth, visible)
+        scores = states = None
+        if logits or features:
+            # Out of inference mode again: what callers get is a tensor they may write to and train on.
+            with torch.no_grad():
+                states = network.final_norm(hidden)
+                scores = _widened(network.head(states)) if logits else None
+        return scores, states if features else None, kv.advance(cache, tokens.shape[1], extent)
+
+    def early_exit(exit_layers: int) -> Model:
+        if not 1 <= exit_layers < layers:
+            raise ValueError(f"early_exit takes 1 to {layers - 1} of the {layers} layers of {name}, got {exit_layers}")
+        return _build_model(network._replace(layers=network.layers[:exit_layers]), f"{name}[:{exit_layers}]", about)
+
+    return Model(
+        name=name,
+        adapter="decoder",
+        vocab_size=spec.vocab_size,
+        max_length=spec.max_length,
+        device=device,
+        dtype=dtype,
+        init_cache=init_cache,
+        forward=forward,
+        num_layers=layers,
+        early_exit=early_exit,
+        about=about,
+    )
+
+
+def _run_layers(
+    network: _Network, cache: KVCache, tokens: Tensor, depth: Tensor | None, visible: Tensor | None
+) -> tuple[Float[Tensor, "b n h"], int]:
+    """The residual stream after the last layer, and the extent of the cache, whose slots it writes."""
+    spec, (rows, n), slots = network.spec, tokens.shape, cache.store.slots[0]
+    window = open_window(cache, n, depth, spec.max_length)
+    extent, count = window.extent, len(network.layers)
+    if slots.shape[0] < 2 * count:
+        raise ValueError(f"the cache has {slots.shape[0]} groups of slots; a model of {count} layers needs {2 * count}")
+    hidden = functional.embedding(tokens, network.embedding)
+    if network.positions is not None:
+        hidden += functional.embedding(window.positions, network.positions)
+    rotation = None if network.angles is None else _rotation(network.angles, window.positions, hidden.dtype)
+    attend = partial(functional.scaled_dot_product_attention, enable_gqa=spec.kv_heads < spec.heads)
+    if extent == n and visible is None:
+        attend = partial(attend, is_causal=True)
+    # A single node that continues no tree sees every slot of its row, and on the CPU the extent is exact.
+    elif not (rows == n == 1 and slots.device.type == "cpu" and (visible is None or visible.shape[2] == 1)):
+        attend = partial(attend, attn_mask=additive_mask(cache, window, visible, hidden.dtype))
+    # One view per layer, made for all layers at once: [b c 2 kv_heads d] to write, [b kv_heads extent d] to read.
+    written = slots[: 2 * count].view(count, 2, *slots.shape[1:]).permute(0, 2, 3, 1, 4, 5).unbind(0)
+    read = slots[: 2 * count, :, :extent].transpose(2, 3).unbind(0)
+    activate, queried = _ACTIVATIONS[spec.activation], spec.heads + spec.kv_heads
+    stacked, stored = (rows, n, queried + spec.kv_heads, spec.head_size), (rows, n, 2, spec.kv_heads, spec.head_size)
+    for index, layer in enumerate(network.layers):
+        heads = layer.qkv(layer.attention_norm(hidden)).view(stacked)
+        turning = heads[:, :, :queried]
+        if layer.head_norm is not None:
+            turning.copy_(functional.rms_norm(turning, (spec.head_size,), None, spec.norm_eps) * layer.head_norm)
+        if rotation is not None:
+            _rotate(turning, rotation)
+        kv.write(written[index], window.slots, heads[:, :, spec.heads :].view(stored))
+        mixed = attend(heads[:, :, : spec.heads].transpose(1, 2), read[2 * index], read[2 * index + 1])
+        attended = layer.out(mixed.transpose(1, 2).reshape(rows, n, -1))
+        if not spec.parallel:
+            hidden += attended
+        inner = layer.up(layer.feed_norm(hidden))
+        if spec.gated:
+            gate, up = inner.chunk(2, -1)
+            inner = activate(gate).mul_(up)
+        else:
+            inner = activate(inner)
+        if spec.parallel:
+            hidden += attended
+        hidden += layer.down(inner)
+    return hidden, extent
+
+
+def _rotation(angles: Float[Tensor, " pairs"], positions: Int[Tensor, "b n"], dtype: torch.dtype) -> Tensor:
+    """The unit complex number of each position and pair, `[b n 1 pairs]`, from float32 angles as in training."""
+    turned = positions[:, :, None, None] * angles
+    turned = turned.double() if dtype == torch.float64 else turned
+    return torch.polar(torch.ones_like(turned), turned)
+
+
+def _rotate(heads: Float[Tensor, "b n heads d"], rotation: Tensor) -> None:
+    """Rotate the pairs of neighbouring channels in place; types narrower than float32 are rotated in float32."""
+    wide = _widened(heads)
+    pairs = torch.view_as_complex(wide.view(*wide.shape[:3], -1, 2))
+    pairs *= rotation
+    if wide is not heads:
+        heads.copy_(wide)
+
+
+def _build_layer(spec: Spec, weights: LayerWeights, pack: Callable[[Affine], Function]) -> _Layer:
+    return _Layer(
+        attention_norm=_build_norm(spec, weights.attention_norm),
+        qkv=pack(weights.qkv),
+        head_norm=weights.head_norm,
+        out=pack(weights.out),
+        feed_norm=_build_norm(spec, weights.feed_norm),
+        up=pack(weights.up),
+        down=pack(weights.down),
+    )
+
+
+def _build_norm(spec: Spec, weights: Affine) -> Function:
+    weight, bias = weights
+    shape, eps = weight.shape, spec.norm_eps
+    if not spec.rms:
+        return partial(functional.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return partial(functional.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
+    # On the CPU torch composes rms_norm of six operations. sqrt(h) rms = hypot(|x|, sqrt(h eps)) needs four: 7 instead
+    # of 15 microseconds for one row of 576 channels, and a 30-layer forward has 61 of them.
+    scaled, floor = weight * math.sqrt(spec.hidden), weight.new_tensor(math.sqrt(spec.hidden * eps))
+
+    def rms_norm(x: Tensor) -> Tensor:
+        return (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(scaled)
+
+    return rms_norm
+
+
+def _padded_angles(spec: Spec, device: torch.device) -> Tensor | None:
+    if spec.rotary is None:
+        return None
+    return functional.pad(spec.rotary, (0, spec.head_size // 2 - len(spec.rotary))).to(device)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
