@@ -1,7 +1,7 @@
 """What every round and every decode must satisfy, whatever the parts."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec import controllers, decode, drafters, output_tokens, policies
@@ -12,6 +12,8 @@ from specdec.step import build_step
 from specdec.testing import tabular_models
 from specdec.transforms import with_checks
 
+# A decode with every round checked costs as much as dozens of ordinary examples.
+few = settings(max_examples=max(10, settings().max_examples // 5))
 VOCAB = 5
 SAMPLING = Sampling(temperature=0.8)
 MODELS = tabular_models(vocab_size=VOCAB)
@@ -68,6 +70,7 @@ def run(composed, sampling, prompts, *, max_new_tokens=9, eos_ids=(), seed=0):
     return state, infos
 
 
+@few
 @given(parts(), PROMPTS)
 def test_output_extends_prompt(composed, prompts):
     state, _ = run(*composed, prompts)
@@ -76,6 +79,7 @@ def test_output_extends_prompt(composed, prompts):
         assert len(output_tokens(state)[row]) == 9
 
 
+@few
 @given(parts(), PROMPTS, st.sampled_from([(0,), (1, 3), (2, 4)]))
 def test_output_ends_at_the_first_eos(composed, prompts, eos):
     state, _ = run(*composed, prompts, eos_ids=eos)
@@ -87,6 +91,7 @@ def test_output_ends_at_the_first_eos(composed, prompts, eos):
         assert tokens == whole[: len(tokens)]
 
 
+@few
 @given(parts(), PROMPTS)
 def test_round_emits_one_more_than_accepted(composed, prompts):
     _, infos = run(*composed, prompts)
@@ -96,6 +101,7 @@ def test_round_emits_one_more_than_accepted(composed, prompts):
         assert torch.equal((info.emitted >= 0).sum(-1), info.num_emitted)
 
 
+@few
 @given(parts(), PROMPTS)
 def test_controller_bounds(composed, prompts):
     _, infos = run(*composed, prompts)
@@ -104,6 +110,7 @@ def test_controller_bounds(composed, prompts):
         assert int(info.plan.depth.max()) == info.plan.max_depth <= composed[0]["controller"].max_depth
 
 
+@few
 @given(parts(), PROMPTS)
 def test_metrics_count_what_happened(composed, prompts):
     state, infos = run(*composed, prompts)
@@ -115,6 +122,7 @@ def test_metrics_count_what_happened(composed, prompts):
     assert summary["drafted"] == drafted
 
 
+@few
 @given(parts(), PROMPTS)
 def test_batch_invariance(composed, prompts):
     state, _ = run(*composed, prompts, seed=11)
@@ -123,6 +131,7 @@ def test_batch_invariance(composed, prompts):
         assert output_tokens(alone)[0] == output_tokens(state)[row]
 
 
+@few
 @given(parts(), PROMPTS, st.randoms(use_true_random=False))
 def test_permutation_equivariance(composed, prompts, random):
     order = list(range(len(prompts)))
@@ -132,6 +141,7 @@ def test_permutation_equivariance(composed, prompts, random):
     assert [output_tokens(straight)[row] for row in order] == output_tokens(shuffled)
 
 
+@few
 @given(MODELS, PROMPTS)
 def test_perfect_drafter_accepts_all(models, prompts):
     target, _ = models
@@ -143,6 +153,7 @@ def test_perfect_drafter_accepts_all(models, prompts):
             assert torch.equal(info.verdict.num_accepted[info.running], drafted[info.running])
 
 
+@few
 @given(MODELS, PROMPTS, st.sampled_from(["greedy", "coupled"]), st.sampled_from(list(DRAFTERS)))
 def test_output_does_not_depend_on_the_drafter(models, prompts, policy, drafter):
     target, draft = models
@@ -162,6 +173,7 @@ def test_output_does_not_depend_on_the_drafter(models, prompts, policy, drafter)
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+@few
 @given(MODELS, PROMPTS)
 def test_fixed_drafts_exactly_k_in_every_round_that_can(models, prompts):
     target, draft = models

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specdec.types import Controller, Drafter, Model, Policy
 
 DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_DRAFTER = "suffix"
+DEFAULT_DRAFTER = "suffix:min_share=0.3"
 DEFAULT_CONTROLLER = "expected:max_k=8"
 DEFAULT_MAX_NEW_TOKENS = 128
 
