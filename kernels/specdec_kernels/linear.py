@@ -1,9 +1,9 @@
 """Linear layers over weights packed once: `y = x W^T + b`.
 
 `torch` is the definition. `onednn` hands oneDNN the weight in a blocked layout of its own choice instead of the
-checkpoint's rows, which matters for the few rows a verification has. All 120 layers of a 135M Llama-shaped model
-(30 layers, hidden 576, inner 1536) plus its 49152-token head, float32, torch 2.13 with MKL, 2 cores of an AVX2 AMD
-EPYC, milliseconds, minimum of 25 runs:
+checkpoint's rows, which matters for the few rows a verification has. All 120 products of a 135M Llama-shaped model
+(30 layers, hidden 576, inner 1536) plus its 49152-token head, float32, random weights, torch 2.13 with MKL, 2 threads
+on an AVX2 AMD EPYC that others used too, milliseconds, minimum of 25 runs:
 
 =======  =====  ======  ======  ======  ======
 rows     1      2       4       8       16
@@ -24,7 +24,7 @@ from torch.nn import functional
 Linear = Callable[[Tensor], Tensor]
 
 # The layout depends on how many rows oneDNN is told to expect. Told 4, 8 or 16 it runs 1 to 16 rows equally fast
-# within the noise; told 1, it takes 1.8 times as long for 2 rows and more.
+# within the noise; told 1, it takes 1.3 to 1.8 times as long for 2 rows and more.
 _EXPECTED_ROWS = 8
 
 
