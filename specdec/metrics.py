@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from specdec.rates import rates
 from specdec.records import record
 
 
@@ -74,44 +75,12 @@ def merge(first: Metrics, second: Metrics) -> Metrics:
 
 
 def summarize(metrics: Metrics, rows: Sequence[int] | None = None) -> dict[str, Any]:
-    """Counts and rates over the given rows (all by default), as plain numbers.
-
-    - `acceptance_rate`: accepted / drafted; `None` when nothing was drafted.
-    - `mean_accepted_length`: emitted / rounds, the corrected or bonus token included, rounds without draft included.
-    - `tokens_per_forward`: emitted / target_forwards, prefill included.
-    - `per_position[i]`: share of the rounds whose draft reached depth i + 1 in which that depth was accepted.
-    - `per_position_conditional[i]`: the same among those in which depth i was accepted.
-    """
+    """Counts and rates over the given rows (all by default), as plain numbers; `specdec.rates` defines them."""
     pick = slice(None) if rows is None else list(rows)
-    hist = metrics.hist[pick].sum(0)
-    size = hist.shape[0]
-    index = torch.arange(size, device=hist.device)
-    rounds = int(hist.sum())
-    accepted = int((hist.sum(0) * index).sum())
-    drafted, emitted = int(metrics.drafted[pick].sum()), int(metrics.emitted[pick].sum())
-    forwards = int(metrics.target_forwards[pick].sum())
-    counts = hist.tolist()
-
-    def rounds_with(depth: int, reached: int) -> int:
-        return sum(sum(row[reached:]) for row in counts[depth:])
-
-    deepest = max((k for k, row in enumerate(counts) if any(row)), default=0)
-    positions = range(1, deepest + 1)
-    return {
-        "rounds": rounds,
-        "drafted": drafted,
-        "accepted": accepted,
-        "emitted": emitted,
-        "target_forwards": forwards,
-        "draft_forwards": int(metrics.draft_forwards[pick].sum()),
-        "hist": [row[: deepest + 1] for row in counts[: deepest + 1]],
-        "acceptance_rate": _ratio(accepted, drafted),
-        "mean_accepted_length": _ratio(emitted, rounds),
-        "tokens_per_forward": _ratio(emitted, forwards),
-        "per_position": [_ratio(rounds_with(i, i), rounds_with(i, 0)) for i in positions],
-        "per_position_conditional": [_ratio(rounds_with(i, i), rounds_with(i, i - 1)) for i in positions],
-    }
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    return rates(
+        metrics.hist[pick].sum(0).tolist(),
+        drafted=int(metrics.drafted[pick].sum()),
+        emitted=int(metrics.emitted[pick].sum()),
+        target_forwards=int(metrics.target_forwards[pick].sum()),
+        draft_forwards=int(metrics.draft_forwards[pick].sum()),
+    )

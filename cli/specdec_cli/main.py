@@ -9,7 +9,11 @@ import click
 import specdec
 from specdec_cli.decode import decode
 from specdec_cli.doctor import doctor
+from specdec_cli.lab import import_lab
 from specdec_cli.models import models
+from specdec_cli.report import report
+from specdec_cli.reproduce import reproduce
+from specdec_cli.sweep import sweep
 
 # What a shell reports for a process that an interrupt ended: 128 + SIGINT.
 _INTERRUPTED = 130
@@ -59,3 +63,7 @@ def cli(ctx: click.Context) -> None:
 cli.add_command(decode)
 cli.add_command(doctor)
 cli.add_command(models)
+cli.add_command(sweep)
+cli.add_command(report)
+cli.add_command(reproduce)
+cli.add_command(import_lab)

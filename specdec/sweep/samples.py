@@ -1,0 +1,167 @@
+"""Reading rows back, as little of each as figures need: a hundred thousand rows are a hundred megabytes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specdec.sweep.journal import ROWS, read_rows
+from specdec.sweep.manifest import MANIFEST, Manifest, read_manifest
+
+
+class Sample(NamedTuple):
+    """A row without its texts. `tokens`: hash of the new tokens, to compare outputs. Fields are those of `Row`."""
+
+    cell: str
+    baseline: str
+    is_baseline: bool
+    success: bool
+    iteration: int
+    prompt_id: str
+    category: str
+    turn: int
+    emitted: int
+    rounds: int
+    drafted: int
+    accepted: int
+    target_forwards: int
+    draft_forwards: int
+    hist: tuple[tuple[int, ...], ...]
+    alpha: float | None
+    alpha_positions: int
+    kv_appended_tokens: int
+    kv_append_time_ms: float | None
+    latency_ms: float | None
+    tokens_per_sec: float | None
+    time_to_first_token_s: float | None
+    per_token_latency_s: float | None
+    wall_s: float | None
+    prefill_s: float | None
+    draft_s: float | None
+    verify_s: float | None
+    accept_s: float | None
+    other_s: float | None
+    tokens: int
+
+    @property
+    def pair(self) -> tuple[int, str, int]:
+        """What it shares with the plain sample it is compared with."""
+        return (self.iteration, self.prompt_id, self.turn)
+
+
+class CellInfo(NamedTuple):
+    """A cell as its rows describe it. `label`: its name, with the run's when there are several."""
+
+    id: str
+    label: str
+    run: str
+    model: str
+    drafter: str
+    policy: str
+    controller: str
+    k: int | None
+    temperature: float
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    device: str
+    dtype: str
+    is_baseline: bool
+
+
+class Run(NamedTuple):
+    """Rows of one folder, by cell, in the order of the manifest."""
+
+    name: str
+    folder: Path
+    manifest: Manifest | None
+    synthetic: bool
+    cells: tuple[CellInfo, ...]
+    samples: dict[str, list[Sample]]
+
+
+def read_run(folder: Path) -> Run:
+    """The rows of a run folder, or of a lone `rows.jsonl`; raises `ValueError` when there are none or they mix
+    synthetic and real rows."""
+    file = folder if folder.is_file() else folder / ROWS
+    folder = file.parent
+    if not file.is_file():
+        raise ValueError(f"{folder} is no run folder: it has no {ROWS}")
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    samples: dict[str, list[Sample]] = {}
+    cells: dict[str, CellInfo] = {}
+    kinds: set[bool] = set()
+    hists: dict[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = {}
+    texts: dict[str, str] = {}
+    try:
+        for row in read_rows(file):
+            kinds.add(bool(row["synthetic"]))
+            sample = _sample(row, hists, texts)
+            if sample.cell not in cells:
+                cells[sample.cell] = _cell(row, folder.name)
+            samples.setdefault(sample.cell, []).append(sample)
+    except KeyError as error:
+        raise ValueError(f"{file} has a row without {error}; it was not written by this version of specdec") from error
+    if not samples:
+        raise ValueError(f"{file} holds no rows yet; run the sweep")
+    if len(kinds) > 1:
+        raise ValueError(f"{file} mixes synthetic and real rows; no figure can be made of both")
+    order = [str(cell["id"]) for cell in manifest.cells] if manifest is not None else list(cells)
+    known = [cells[name] for name in order if name in cells]
+    return Run(folder.resolve().name, folder, manifest, kinds.pop(), tuple(known), samples)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several runs to be shown side by side, their cells labelled with the run; refuses synthetic among real ones."""
+    runs = [read_run(folder) for folder in folders]
+    if len({run.synthetic for run in runs}) > 1:
+        names = ", ".join(run.name for run in runs if run.synthetic)
+        raise ValueError(f"{names} is synthetic (a dry run) and is never shown among real runs; report it alone")
+    if len(runs) == 1:
+        return runs
+    return [
+        run._replace(cells=tuple(cell._replace(label=f"{run.name}: {cell.label}") for cell in run.cells))
+        for run in runs
+    ]
+
+
+def used(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples that succeeded."""
+    return [sample for sample in samples if sample.success]
+
+
+def _sample(row: dict[str, Any], hists: dict[Any, Any], texts: dict[str, str]) -> Sample:
+    # Rows repeat their names and histograms; one object each is enough.
+    for name in ("cell", "baseline", "prompt_id", "category"):
+        row[name] = texts.setdefault(row[name], row[name])
+    hist = tuple(map(tuple, row["hist"]))
+    row["hist"] = hists.setdefault(hist, hist)
+    return Sample._make((*_fields(row), hash(tuple(row["completion_token_ids"]))))
+
+
+def _cell(row: dict[str, Any], run: str) -> CellInfo:
+    return CellInfo(
+        row["cell"],
+        row["cell"],
+        run,
+        **{
+            name: row[name]
+            for name in (
+                "model",
+                "drafter",
+                "policy",
+                "controller",
+                "k",
+                "temperature",
+                "max_new_tokens",
+                "batch_size",
+                "seed",
+                "device",
+                "dtype",
+                "is_baseline",
+            )
+        },
+    )
+
+
+_fields: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*Sample._fields[:-1])
