@@ -26,8 +26,20 @@ def _runs_everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _refuse_cpu_stack(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    # Compiles the kernels on first use.
+    from specdec_kernels.cpu import library
+
+    return library.available()
+
+
 # Fastest first, the definition last. An entry says why it cannot run on a device with a type, or `None` when it can.
 OPERATIONS: Mapping[str, tuple[tuple[str, Refuse], ...]] = {
+    "decoder_stack": (("cpu", _refuse_cpu_stack), ("torch", _runs_everywhere)),
     "linear": (("onednn", linear.refuse_onednn), ("torch", _runs_everywhere)),
 }
 

@@ -10,7 +10,7 @@ group 2 i + 1 its values. A model of the first layers (`early_exit`) finds its g
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,13 +21,13 @@ from torch.nn import functional
 
 from specdec import cache as kv
 from specdec.cache import KVCache
-from specdec.models.checkpoint import Affine, LayerWeights, Reader, Spec
+from specdec.models.checkpoint import Affine, Ends, LayerWeights, Reader, Spec
 from specdec.models.families import FAMILIES, supports
 from specdec.models.report import ModelError
 from specdec.models.window import additive_mask, open_window
 from specdec.types import Model
 from specdec_kernels import linear as linears
-from specdec_kernels.dispatch import choose
+from specdec_kernels.dispatch import Choice, choose
 
 __all__ = ["build_decoder", "supports"]
 
@@ -53,7 +53,8 @@ class _Layer(NamedTuple):
 
 
 class _Network(NamedTuple):
-    """A decoder ready to run. `angles [d / 2]`: radians per position of each pair of channels, 0 for resting ones."""
+    """A decoder ready to run, operation by operation. `angles [d / 2]`: radians per position of each pair of channels,
+    0 for resting ones."""
 
     spec: Spec
     embedding: Tensor
@@ -64,6 +65,10 @@ class _Network(NamedTuple):
     head: Function
 
 
+# (cache, tokens, depth, visible, layers, logits, features) -> (logits, features, extent of the cache)
+_Run = Callable[..., tuple[Tensor | None, Tensor | None, int]]
+
+
 def build_decoder(
     config: Any,
     tensors: Mapping[str, Tensor],
@@ -72,50 +77,147 @@ def build_decoder(
     dtype: torch.dtype,
     device: torch.device,
     linear: str = "auto",
+    stack: str = "auto",
+    quantize: str | None = None,
 ) -> Model:
     """The model of a checkpoint: `config` as transformers reads it, `tensors` as safetensors name them.
 
-    `linear`: the implementation of the linear layers (`specdec_kernels.dispatch`). `Model.about` tells which one runs
-    and why. Logits are float32, or float64 in a float64 model. Token ids must be in the vocabulary even at nodes that
-    are padding.
+    `stack`, `linear`: the implementations of the whole forward and, where that is `torch`, of its linear layers
+    (`specdec_kernels.dispatch`); asking for a `linear` implies the latter. `quantize`: the format in which the CPU
+    stack keeps the weights (`fp16`, `bf16`, `int8`, `int4`; arithmetic and cache stay float32). `Model.about` tells
+    what runs and why. Logits are float32, or float64 in a float64 model. Token ids must be in the vocabulary even at
+    nodes that are padding.
 
-    Raises `ModelError` (a `ValueError`) for a configuration that `supports` refuses and for weights that do not match
-    the configuration, and `ValueError` for a `linear` that cannot run.
+    Raises `ModelError` (a `ValueError`) for a configuration that `supports` refuses, for weights that do not match the
+    configuration and for a `quantize` that cannot run, and `ValueError` for a `stack` or `linear` that cannot.
     """
     reason = supports(config)
     if reason is not None:
         raise ModelError(f"the decoder cannot run {name}: {reason}; use the Hugging Face adapter")
-    choice = choose("linear", device, dtype, linear)
     family = FAMILIES[config.model_type]
     spec = family.describe(config)
     reader = Reader(tensors, dtype, device)
-
-    def pack(weights: Affine) -> Function:
-        return linears.pack(weights.weight, weights.bias, choice.implementation)
+    whole = _choose_stack(spec, device, dtype, "torch" if linear != "auto" and stack == "auto" else stack)
+    if quantize is not None and whole.implementation != "cpu":
+        raise ModelError(f"quantize {quantize!r} needs the CPU stack, which does not run here: {whole.reason}")
+    about: dict[str, Any] = {
+        "architecture": config.model_type,
+        "stack": whole.implementation,
+        "stack_reason": whole.reason,
+    }
 
     with torch.no_grad():
         # Layer by layer, so that only one of them is in memory both as stored and as packed.
-        layers = tuple(
-            _build_layer(spec, family.layer(config, spec, reader, index), pack) for index in range(spec.num_layers)
-        )
-        ends = family.ends(config, spec, reader)
+        layers = (family.layer(config, spec, reader, index) for index in range(spec.num_layers))
+        if whole.implementation == "cpu":
+            about["weights"] = quantize or "fp32"
+            run = _pack_stack(spec, layers, lambda: family.ends(config, spec, reader), about["weights"])
+        else:
+            choice = choose("linear", device, dtype, linear)
+            about |= {"linear": choice.implementation, "linear_reason": choice.reason}
+            run = _pack_layers(spec, layers, lambda: family.ends(config, spec, reader), choice.implementation, device)
         reader.refuse_unread(family.ignored)
-        network = _Network(
-            spec=spec,
-            embedding=ends.embedding,
-            positions=ends.positions,
-            angles=_padded_angles(spec, device),
-            layers=layers,
-            final_norm=_build_norm(spec, ends.final_norm),
-            head=pack(ends.head),
+    return _build_model(run, spec, spec.num_layers, dtype, device, name, about)
+
+
+def _choose_stack(spec: Spec, device: torch.device, dtype: torch.dtype, requested: str) -> Choice:
+    """The implementation of the whole forward: the dispatch rule, and what the CPU stack says of the architecture."""
+    from specdec_kernels.cpu.stack import refuse_spec
+
+    problem = refuse_spec(spec)
+    if problem is None or requested == "torch":
+        return choose("decoder_stack", device, dtype, requested)
+    if requested == "cpu":
+        raise ValueError(f"decoder_stack: cpu {problem}; use auto")
+    return Choice("torch", f"cpu {problem}", (("cpu", problem),))
+
+
+def _pack_layers(
+    spec: Spec, layers: Iterable[LayerWeights], ends: Callable[[], Ends], linear: str, device: torch.device
+) -> _Run:
+    """The forward as torch operations, its linear layers by the implementation `linear`."""
+
+    def pack(weights: Affine) -> Function:
+        return linears.pack(weights.weight, weights.bias, linear)
+
+    made = tuple(_build_layer(spec, layer, pack) for layer in layers)
+    last = ends()
+    network = _Network(
+        spec=spec,
+        embedding=last.embedding,
+        positions=last.positions,
+        angles=_padded_angles(spec, device),
+        layers=made,
+        final_norm=_build_norm(spec, last.final_norm),
+        head=pack(last.head),
+    )
+
+    def run(
+        cache: KVCache,
+        tokens: Tensor,
+        depth: Tensor | None,
+        visible: Tensor | None,
+        count: int,
+        logits: bool,
+        features: bool,
+    ) -> tuple[Tensor | None, Tensor | None, int]:
+        with torch.inference_mode():
+            hidden, extent = _run_layers(network, count, cache, tokens, depth, visible)
+        if not logits and not features:
+            return None, None, extent
+        # Out of inference mode again: what callers get is a tensor they may write to and train on.
+        with torch.no_grad():
+            states = network.final_norm(hidden)
+            return _widened(network.head(states)) if logits else None, states if features else None, extent
+
+    return run
+
+
+def _pack_stack(spec: Spec, layers: Iterable[LayerWeights], ends: Callable[[], Ends], weights: str) -> _Run:
+    """The forward as one call of the CPU kernels; see `specdec_kernels.cpu.stack`."""
+    from specdec_kernels.cpu.stack import build_stack, stack_forward
+
+    last = ends()
+    stack = build_stack(spec, layers, last.final_norm.weight, last.embedding, last.head, weights)
+
+    def run(
+        cache: KVCache,
+        tokens: Tensor,
+        depth: Tensor | None,
+        visible: Tensor | None,
+        count: int,
+        logits: bool,
+        features: bool,
+    ) -> tuple[Tensor | None, Tensor | None, int]:
+        window = open_window(cache, tokens.shape[1], depth, spec.max_length)
+        result = stack_forward(
+            stack,
+            cache.store.slots[0],
+            tokens,
+            window.positions,
+            window.slots,
+            cache.length,
+            window.extent,
+            visible,
+            None if visible is None else cache.length + (tokens.shape[1] - visible.shape[2]),
+            states=features,
+            logits=logits,
+            num_layers=count,
         )
-    about = {"architecture": config.model_type, "linear": choice.implementation, "linear_reason": choice.reason}
-    return _build_model(network, name, about)
+        return result.logits, result.states, window.extent
+
+    return run
 
 
-def _build_model(network: _Network, name: str, about: Mapping[str, Any]) -> Model:
-    spec, dtype, device = network.spec, network.embedding.dtype, network.embedding.device
-    layers = len(network.layers)
+def _build_model(
+    run: _Run,
+    spec: Spec,
+    layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+    about: Mapping[str, Any],
+) -> Model:
 
     def init_cache(rows: int, capacity: int) -> KVCache:
         # Zeros, not `empty`: a slot that a row does not see has attention weight 0, and 0 times NaN is NaN.
@@ -132,20 +234,18 @@ def _build_model(network: _Network, name: str, about: Mapping[str, Any]) -> Mode
         logits: bool = True,
         features: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, KVCache]:
-        with torch.inference_mode():
-            hidden, extent = _run_layers(network, cache, tokens, depth, visible)
-        scores = states = None
-        if logits or features:
-            # Out of inference mode again: what callers get is a tensor they may write to and train on.
-            with torch.no_grad():
-                states = network.final_norm(hidden)
-                scores = _widened(network.head(states)) if logits else None
-        return scores, states if features else None, kv.advance(cache, tokens.shape[1], extent)
+        if cache.store.slots[0].shape[0] < 2 * layers:
+            raise ValueError(
+                f"the cache has {cache.store.slots[0].shape[0]} groups of slots; a model of {layers} layers needs "
+                f"{2 * layers}"
+            )
+        scores, states, extent = run(cache, tokens, depth, visible, layers, logits, features)
+        return scores, states, kv.advance(cache, tokens.shape[1], extent)
 
     def early_exit(exit_layers: int) -> Model:
         if not 1 <= exit_layers < layers:
             raise ValueError(f"early_exit takes 1 to {layers - 1} of the {layers} layers of {name}, got {exit_layers}")
-        return _build_model(network._replace(layers=network.layers[:exit_layers]), f"{name}[:{exit_layers}]", about)
+        return _build_model(run, spec, exit_layers, dtype, device, f"{name}[:{exit_layers}]", about)
 
     return Model(
         name=name,
@@ -163,14 +263,12 @@ def _build_model(network: _Network, name: str, about: Mapping[str, Any]) -> Mode
 
 
 def _run_layers(
-    network: _Network, cache: KVCache, tokens: Tensor, depth: Tensor | None, visible: Tensor | None
+    network: _Network, count: int, cache: KVCache, tokens: Tensor, depth: Tensor | None, visible: Tensor | None
 ) -> tuple[Float[Tensor, "b n h"], int]:
     """The residual stream after the last layer, and the extent of the cache, whose slots it writes."""
     spec, (rows, n), slots = network.spec, tokens.shape, cache.store.slots[0]
     window = open_window(cache, n, depth, spec.max_length)
-    extent, count = window.extent, len(network.layers)
-    if slots.shape[0] < 2 * count:
-        raise ValueError(f"the cache has {slots.shape[0]} groups of slots; a model of {count} layers needs {2 * count}")
+    extent = window.extent
     hidden = functional.embedding(tokens, network.embedding)
     if network.positions is not None:
         hidden += functional.embedding(window.positions, network.positions)
@@ -186,7 +284,7 @@ def _run_layers(
     read = slots[: 2 * count, :, :extent].transpose(2, 3).unbind(0)
     activate, queried = _ACTIVATIONS[spec.activation], spec.heads + spec.kv_heads
     stacked, stored = (rows, n, queried + spec.kv_heads, spec.head_size), (rows, n, 2, spec.kv_heads, spec.head_size)
-    for index, layer in enumerate(network.layers):
+    for index, layer in enumerate(network.layers[:count]):
         heads = layer.qkv(layer.attention_norm(hidden)).view(stacked)
         turning = heads[:, :, :queried]
         if layer.head_norm is not None:

@@ -79,7 +79,7 @@ def test_a_named_choice_that_cannot_run_raises_with_the_reason(device, dtype, en
 def test_unknown_names_raise():
     with pytest.raises(ValueError, match="no implementation 'triton'; use auto, onednn, torch"):
         choose("linear", CPU, torch.float32, "triton", {})
-    with pytest.raises(ValueError, match="unknown operation 'conv'; known: linear"):
+    with pytest.raises(ValueError, match="unknown operation 'conv'; known: decoder_stack, linear"):
         choose("conv", CPU, torch.float32, "auto", {})
 
 

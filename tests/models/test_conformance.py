@@ -20,11 +20,16 @@ def built(adapter, module):
     if adapter == "huggingface":
         return build_huggingface(module, name="tiny")
     return build_decoder(
-        module.config, module.state_dict(), name="tiny", dtype=module.dtype, device=torch.device("cpu")
+        module.config,
+        module.state_dict(),
+        name="tiny",
+        dtype=module.dtype,
+        device=torch.device("cpu"),
+        stack="auto" if adapter == "decoder" else "torch",
     )
 
 
-@pytest.fixture(params=["decoder", "huggingface"])
+@pytest.fixture(params=["decoder", "decoder-torch", "huggingface"])
 def model(request, module):
     return built(request.param, module)
 

@@ -1,0 +1,293 @@
+"""A whole Llama-family forward as one call: every layer, the cache writes, the final norm, the head.
+
+A forward of one token over 135M weights takes 5 to 20 milliseconds, and its 30 layers are some 600 operations if each
+is a call of its own. Here it is one parallel region; its definition is the torch decoder in `specdec.models.decoder`.
+
+Row invariance: states, logits and cache entries of a node are the same bits whatever other nodes and rows are in the
+call and however many threads run it. So one forward of n nodes equals n forwards of one, and a tree equals its paths.
+"""
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdec_kernels.cpu import library
+from specdec_kernels.cpu.packed import Arena, Packed, pack
+
+
+@runtime_checkable
+class Affine(Protocol):
+    """`weight` and `bias` of a linear layer or norm."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+@runtime_checkable
+class LayerWeights(Protocol):
+    """One layer: queries, keys and values stacked in `qkv`, gate and up in `up`; channels of query and key heads
+    ordered so that neighbours rotate together."""
+
+    @property
+    def attention_norm(self) -> Affine: ...
+    @property
+    def qkv(self) -> Affine: ...
+    @property
+    def head_norm(self) -> Tensor | None: ...
+    @property
+    def out(self) -> Affine: ...
+    @property
+    def feed_norm(self) -> Affine: ...
+    @property
+    def up(self) -> Affine: ...
+    @property
+    def down(self) -> Affine: ...
+
+
+@runtime_checkable
+class Spec(Protocol):
+    """What the stack must know of an architecture; `specdec.models.checkpoint.Spec` is one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def inner(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def rms(self) -> bool: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def parallel(self) -> bool: ...
+    @property
+    def rotary(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A packed model. `structure` is what the kernels read; `kept` holds the memory it points to."""
+
+    hidden: int
+    vocab_size: int
+    num_layers: int
+    kv_heads: int
+    head_size: int
+    formats: tuple[str, str]
+    bytes: int
+    structure: library.Stack
+    kept: tuple[Any, ...]
+
+
+class StackResult(NamedTuple):
+    """What was asked for. `states`: after the final norm. `best`, `best_value`: the largest logit, the lowest id among
+    equals; a NaN counts as the largest, so it shows."""
+
+    states: Float[Tensor, "b n h"] | None
+    logits: Float[Tensor, "b n v"] | None
+    best: Int[Tensor, "b n"] | None
+    best_value: Float[Tensor, "b n"] | None
+
+
+def refuse_spec(spec: Spec) -> str | None:
+    """Why the stack cannot run this architecture, or `None`."""
+    if not spec.rms or not spec.gated or spec.parallel:
+        return "runs pre-norm RMSNorm layers with a gated feed-forward block (Llama, Mistral, Qwen2, Qwen3)"
+    if spec.activation != "silu":
+        return f"computes silu, not {spec.activation}"
+    if spec.rotary is None or spec.head_size % 2:
+        return "needs rotary positions and heads of even size"
+    return None
+
+
+def build_stack(
+    spec: Spec,
+    layers: Iterable[LayerWeights],
+    final_norm: Float[Tensor, " h"],
+    embedding: Float[Tensor, "v h"],
+    head: Affine,
+    format: str = "fp32",
+    *,
+    head_format: str | None = None,
+    block: int | None = None,
+) -> Stack:
+    """Pack a model; `layers` may be a generator, so that one layer at a time is in memory twice.
+
+    `head_format` defaults to `format`. Where `head.weight` is `embedding` (tied), tokens are looked up in the packed
+    head, as rounded as it is; else in a copy of `embedding` in float32, or in 16 bits when the formats are that narrow.
+
+    Raises `ValueError` for an architecture that `refuse_spec` refuses.
+    """
+    reason = refuse_spec(spec)
+    if reason is not None:
+        raise ValueError(f"the CPU stack {reason}")
+    arena, head_format = Arena(), head_format or format
+    packed: list[Packed] = []
+    kept: list[Any] = []
+
+    def product(weight: Tensor, bias: Tensor | None, into: str = format) -> library.Matrix:
+        packed.append(pack(weight, bias, into, block=block if into == "int8" else None, allocate=arena))
+        return packed[-1].matrix
+
+    def vector(tensor: Tensor) -> int:
+        kept.append(tensor.detach().float().contiguous().clone())
+        return int(kept[-1].data_ptr())
+
+    def packed_layer(layer: LayerWeights) -> library.Layer:
+        gate, up = layer.up.weight.chunk(2)
+        biases = (None, None) if layer.up.bias is None else layer.up.bias.chunk(2)
+        return library.Layer(
+            vector(layer.attention_norm.weight),
+            vector(layer.feed_norm.weight),
+            None if layer.head_norm is None else vector(layer.head_norm),
+            product(layer.qkv.weight, layer.qkv.bias),
+            product(layer.out.weight, layer.out.bias),
+            product(gate, biases[0]),
+            product(up, biases[1]),
+            product(layer.down.weight, layer.down.bias),
+        )
+
+    made = [packed_layer(layer) for layer in layers]
+    if len(made) != spec.num_layers:
+        raise ValueError(f"{len(made)} layers were given, the configuration has {spec.num_layers}")
+    array = (library.Layer * len(made))(*made)
+    tied = head.weight is embedding
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(head_format, torch.float16)
+    table = None if tied else embedding.detach().to(stored).contiguous()
+    assert spec.rotary is not None
+    angles = torch.zeros(spec.head_size // 2)
+    angles[: len(spec.rotary)] = spec.rotary
+    structure = library.Stack(
+        spec.hidden,
+        spec.inner,
+        spec.heads,
+        spec.kv_heads,
+        spec.head_size,
+        spec.vocab_size,
+        spec.norm_eps,
+        len(made),
+        array,
+        vector(final_norm),
+        vector(angles),
+        library.pointer(table),
+        {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[stored],
+        product(head.weight, head.bias, head_format),
+    )
+    total = sum(part.bytes for part in packed) + (0 if table is None else table.nbytes)
+    return Stack(
+        spec.hidden,
+        spec.vocab_size,
+        spec.num_layers,
+        spec.kv_heads,
+        spec.head_size,
+        (format, head_format),
+        total,
+        structure,
+        (array, table, tuple(packed), tuple(kept)),
+    )
+
+
+def stack_forward(
+    stack: Stack,
+    slots: Float[Tensor, "g b c k d"],
+    tokens: Int[Tensor, "b n"] | Float[Tensor, "b n h"],
+    positions: Int[Tensor, "b n"],
+    slot_index: Int[Tensor, "b n"],
+    length: Int[Tensor, " b"],
+    extent: int,
+    mask: Bool[Tensor, "b n w"] | None = None,
+    mask_start: Int[Tensor, " b"] | None = None,
+    *,
+    states: bool = False,
+    logits: bool = True,
+    best: bool = False,
+    num_layers: int | None = None,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+) -> StackResult:
+    """Run `tokens` (or embedded tokens) through the stack, writing keys and values to `slots` at `slot_index`.
+
+    `slots [2 * layers, b, c, kv_heads, d]`: group 2 i holds the keys of layer i, group 2 i + 1 its values; no node
+    sees a slot at or past `extent`. Without `mask`, node i of a row sees the slots up to `length + i`. With it, a node
+    sees the slots before `mask_start` (default 0) and those of the w slots from there on that its row of the mask
+    names; itself always. `num_layers`: run the first layers only. `best` without `logits` never writes the logits.
+
+    Raises `IndexError` for a token that is not in the vocabulary and for slots outside the cache.
+    """
+    kernels = library.load()
+    name = instruction_set or kernels.instruction_sets[0]
+    if name not in kernels.instruction_sets:
+        raise ValueError(
+            f"instruction set {name!r} does not run here; use one of {', '.join(kernels.instruction_sets)}"
+        )
+    rows, n = tokens.shape[:2]
+    count = stack.num_layers if num_layers is None else num_layers
+    if not 0 <= count <= stack.num_layers or slots.shape[0] < 2 * count:
+        raise ValueError(f"{count} layers of {stack.num_layers} over a cache with {slots.shape[0]} groups of slots")
+    capacity = slots.shape[2]
+    library.check_tensor(
+        "slots", slots, torch.float32, (slots.shape[0], rows, capacity, stack.kv_heads, stack.head_size)
+    )
+    embedded = tokens.is_floating_point()
+    # Views of rows or columns are common here and small to copy; `slots` is written to and must be the memory itself.
+    tokens, positions, slot_index, length = (tensor.contiguous() for tensor in (tokens, positions, slot_index, length))
+    if embedded:
+        library.check_tensor("tokens", tokens, torch.float32, (rows, n, stack.hidden))
+    else:
+        library.check_tensor("tokens", tokens, torch.int64, (rows, n))
+    library.check_tensor("positions", positions, torch.int64, (rows, n))
+    library.check_tensor("slot_index", slot_index, torch.int64, (rows, n))
+    library.check_tensor("length", length, torch.int64, (rows,))
+    width = 0
+    if mask is not None:
+        mask, width = mask.contiguous(), mask.shape[2]
+        library.check_tensor("mask", mask, torch.bool, (rows, n, width))
+        mask_start = torch.zeros_like(length) if mask_start is None else mask_start.contiguous()
+        library.check_tensor("mask_start", mask_start, torch.int64, (rows,))
+    result = StackResult(
+        torch.empty(rows, n, stack.hidden) if states else None,
+        torch.empty(rows, n, stack.vocab_size) if logits else None,
+        torch.empty(rows, n, dtype=torch.int64) if best else None,
+        torch.empty(rows, n) if best else None,
+    )
+    if not rows * n:
+        return result
+    call = library.Call(
+        slots.data_ptr(),
+        rows,
+        n,
+        capacity,
+        extent,
+        None if embedded else tokens.data_ptr(),
+        tokens.data_ptr() if embedded else None,
+        positions.data_ptr(),
+        slot_index.data_ptr(),
+        length.data_ptr(),
+        library.pointer(mask),
+        None if mask is None else library.pointer(mask_start),
+        width,
+        *(library.pointer(tensor) for tensor in result),
+        count,
+        threads or torch.get_num_threads(),
+    )
+    library.check_status(kernels.stack(name.encode(), ctypes.byref(stack.structure), ctypes.byref(call)))
+    return result

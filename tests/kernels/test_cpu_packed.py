@@ -1,0 +1,112 @@
+"""Packed linear layers of the CPU kernels against their definition."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from specdec_kernels.cpu import library
+from specdec_kernels.cpu.packed import FORMATS, GROUP, Arena, linear, pack, reference, unpack
+
+pytestmark = pytest.mark.skipif(library.available() is not None, reason=f"the CPU kernels: {library.available()}")
+SETS = library.load().instruction_sets if library.available() is None else ()
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("out", "into"), [(16, 32), (33, 24), (50, 77), (7, 1), (1, 130), (100, 1100)])
+def test_every_format_equals_its_definition(format, out, into, instruction_set):
+    weight, bias, x = numbers(out, into), numbers(out, seed=1), numbers(13, into, seed=2)
+    packed = pack(weight, bias, format)
+    result = linear(packed, x, instruction_set=instruction_set)
+    # Integers are summed exactly; what is left is the rounding of up to 1100 float32 sums of unit normals.
+    torch.testing.assert_close(result, reference(packed, x), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("format", "bound"), [("fp32", 0.0), ("fp16", 3e-4), ("bf16", 2e-3), ("int8", 1e-2), ("int4", 0.1)]
+)
+def test_a_format_loses_no_more_than_it_says(format, bound):
+    weight = numbers(64, 512)
+    loss = (unpack(pack(weight, None, format)) - weight).norm() / weight.norm()
+    assert loss <= bound
+
+
+@pytest.mark.parametrize("block", [2, 32, 64, 512])
+def test_blocks_of_int8_have_their_own_scales(block):
+    weight = numbers(40, 150) * torch.logspace(-3, 3, 150)
+    packed, x = pack(weight, None, "int8", block=block), numbers(5, 150)
+    torch.testing.assert_close(linear(packed, x), reference(packed, x), atol=1e-2, rtol=1e-5)
+    whole = unpack(pack(weight, None, "int8")) - weight
+    assert (unpack(packed) - weight)[:, :64].norm() < whole[:, :64].norm() or block == 512
+
+
+def test_inputs_of_int8_are_rounded_to_16_bits_per_row():
+    weight = torch.eye(64)
+    x = numbers(3, 64)
+    error = (linear(pack(weight, None, "int8"), x) - x).abs().amax(1)
+    assert (error <= x.abs().amax(1) / 32767 * 0.51).all()
+
+
+def test_a_row_of_zeros_is_its_bias():
+    bias = numbers(20)
+    for format in FORMATS:
+        result = linear(pack(numbers(20, 48), bias, format), torch.zeros(2, 48))
+        assert torch.equal(result, bias.expand(2, -1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_row_only(format, bad):
+    x = numbers(6, 64)
+    x[2, 40] = bad
+    result = linear(pack(numbers(32, 64), None, format), x)
+    assert not result[2].isfinite().any()
+    assert result[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_and_weights_may_be_strided(format):
+    weight, x = numbers(64, 33).T, numbers(2, 64, 5).transpose(1, 2)
+    packed = pack(weight, None, format)
+    result = linear(packed, x)
+    assert result.shape == (2, 5, 33)
+    assert torch.equal(result, linear(packed, x.contiguous()))
+
+
+def test_the_float_format_is_the_plain_product():
+    weight, x = numbers(48, 96), numbers(2, 3, 96)
+    torch.testing.assert_close(linear(pack(weight, None), x), functional.linear(x, weight), atol=1e-5, rtol=1e-5)
+
+
+def test_packing_works_in_inference_mode_and_with_no_rows():
+    with torch.inference_mode():
+        packed = pack(torch.ones(4, 3), None, "int8")
+        assert torch.allclose(linear(packed, torch.ones(2, 3)), torch.full((2, 4), 3.0))
+    assert linear(packed, torch.ones(0, 3)).shape == (0, 4)
+
+
+def test_an_arena_hands_out_memory_that_does_not_overlap():
+    arena = Arena(1 << 16)
+    parts = [arena(size) for size in (100, 1, 60000, 70000, 64)]
+    for value, part in enumerate(parts):
+        part.fill_(value)
+    assert all((part == value).all() for value, part in enumerate(parts))
+    assert all(part.data_ptr() % 64 == 0 for part in parts)
+
+
+def test_wrong_arguments_raise():
+    packed = pack(torch.ones(4, GROUP), None)
+    with pytest.raises(ValueError, match="not one of fp32"):
+        pack(torch.ones(4, 3), None, "int2")
+    with pytest.raises(ValueError, match="blocks are for int8"):
+        pack(torch.ones(4, 3), None, "fp32", block=32)
+    with pytest.raises(ValueError, match="weights take 32"):
+        linear(packed, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="float64"):
+        linear(packed, torch.ones(2, GROUP, dtype=torch.float64))
+    with pytest.raises(ValueError, match="does not run here"):
+        linear(packed, torch.ones(2, GROUP), instruction_set="mmx")
