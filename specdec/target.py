@@ -22,6 +22,7 @@ def load_target(name: str, options: Mapping[str, Any], progress: Callable[[str, 
         adapter=options["adapter"],
         dtype=None if options["dtype"] == "auto" else options["dtype"],
         device=options["device"],
+        quantize=options.get("quantize"),
         trust_remote_code=options["trust_remote_code"],
         progress=progress,
     )

@@ -199,6 +199,12 @@ class Model(NamedTuple):
     about: Mapping[str, Any] = {}
 
 
+def implementations(model: Model) -> dict[str, str]:
+    """What computes a model: the names in `Model.about` that dispatch chose, `torch` where nothing else is said."""
+    found = {name: str(model.about[name]) for name in ("stack", "weights", "linear") if name in model.about}
+    return found or {"linear": "torch"}
+
+
 class Drafter(NamedTuple):
     """A bundle that proposes trees.
 

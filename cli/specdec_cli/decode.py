@@ -11,6 +11,7 @@ from specdec import registry
 from specdec.grammar import Choice
 from specdec.registry import parse_controller, parse_drafter, parse_policy
 from specdec_cli.options import (
+    QUANTIZED,
     SPELLING,
     check_k,
     check_sampling,
@@ -56,6 +57,9 @@ class Request(NamedTuple):
     f"[default: {registry.DEFAULT_DRAFTER}, or model with --draft-model]",
 )
 @click.option("--draft-model", metavar="NAME", help="The model of drafter 'model'.")
+@click.option(
+    "--draft-quantize", type=click.Choice(QUANTIZED), help="As --quantize, for the draft model; the output stays exact."
+)
 @click.option(
     "--policy",
     metavar=SPELLING,
@@ -170,7 +174,7 @@ def _prepare(request: Request, monitor: "Monitor") -> tuple["Loaded", list["Job"
         sampling=sampling,
         policy=policy.name,
         draft_name=options["draft_model"],
-        load_draft=lambda name: load_target(name, options, monitor),
+        load_draft=lambda name: load_target(name, {**options, "quantize": options["draft_quantize"]}, monitor),
     )
     check_parts(loaded.model, drafting.drafter, policy, sampling)
     controller = registry.build_controller(request.controller, target=loaded.model, drafts=drafting.models, costs=costs)
@@ -222,6 +226,7 @@ def _report(request: Request, loaded: "Loaded", jobs: list["Job"], last: dict[in
     """The JSON object; the closing table shows the same figures."""
     from specdec import run
     from specdec.divergence import first_divergence
+    from specdec.types import implementations
 
     job, options = jobs[0], request.options
     tokens = run.token_ids(last[0])
@@ -242,7 +247,7 @@ def _report(request: Request, loaded: "Loaded", jobs: list["Job"], last: dict[in
         "dtype": str(job.parts.model.dtype).removeprefix("torch."),
         "device": str(job.parts.model.device),
         "deterministic": options["deterministic"],
-        "implementations": {"linear": job.parts.model.about.get("linear", "torch")},
+        "implementations": implementations(job.parts.model),
         "metrics": run.measured(last[0]),
     }
     if len(jobs) > 1:

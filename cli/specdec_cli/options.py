@@ -15,6 +15,7 @@ from specdec.models.report import one_line
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 ADAPTERS = ("auto", "decoder", "huggingface")
+QUANTIZED = ("fp16", "bf16", "int8", "int4")
 
 # Without temperature there is no law to truncate. The repetition penalty moves the most likely token, too.
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p")
@@ -80,6 +81,11 @@ def model_options(command: F) -> F:
         click.option("--trust-remote-code", is_flag=True, help="Let transformers run code that comes with the model."),
         click.option(
             "--adapter", type=click.Choice(ADAPTERS), default="auto", show_default=True, help="What runs the model."
+        ),
+        click.option(
+            "--quantize",
+            type=click.Choice(QUANTIZED),
+            help="Keep the weights in this format (CPU kernels; the arithmetic stays exact for it).",
         ),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or mps."),
         click.option(

@@ -19,7 +19,7 @@ import torch
 from specdec import cache as kv
 from specdec.models.store import store_root
 from specdec.state import prefill
-from specdec.types import Model
+from specdec.types import Model, implementations
 from specdec_kernels.clock import Clock
 
 SIZES = (1, 2, 3, 5, 9, 17)
@@ -29,7 +29,7 @@ SIZES = (1, 2, 3, 5, 9, 17)
 _STEADY = 1.5
 
 # Raised whenever what is measured changes, so that older files are measured again.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def measure_costs(
@@ -109,7 +109,7 @@ def cost_key(model: Model) -> dict[str, Any]:
         "layers": model.num_layers,
         "vocab_size": model.vocab_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "linear": str(model.about.get("linear", "")),
+        "implementations": implementations(model),
         "device": gpu or model.device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -26,6 +26,7 @@ from specdec.models.weights import Weights
 from specdec.types import Model
 
 ADAPTERS = ("auto", "decoder", "huggingface")
+QUANTIZED = ("fp16", "bf16", "int8", "int4")
 
 DTYPES = {
     "float64": torch.float64,
@@ -70,6 +71,7 @@ def load(
     adapter: str = "auto",
     dtype: str | None = None,
     device: str = "auto",
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Loaded:
@@ -77,8 +79,10 @@ def load(
     or the built-in `smollm2-135m`, which is fetched on first use.
 
     `dtype`: one of `DTYPES`; by default float32 on the CPU and the checkpoint's own type elsewhere. `device`: `auto`
-    takes MPS, then CUDA, then the CPU. `trust_remote_code` lets transformers run Python files that come with the
-    model. Only safetensors and GGUF weights are read. `progress` hears about downloads and conversions.
+    takes MPS, then CUDA, then the CPU. `quantize`: one of `QUANTIZED`, the format in which the CPU kernels keep the
+    weights; only the decoder adapter in float32 on a CPU has it. `trust_remote_code` lets transformers run Python
+    files that come with the model. Only safetensors and GGUF weights are read. `progress` hears about downloads and
+    conversions.
 
     Raises `ModelError`, in one line, for whatever a user can get wrong: names, files, types, devices, the network.
     """
@@ -86,6 +90,8 @@ def load(
         raise ModelError(f"adapter {adapter!r} is not one of {', '.join(ADAPTERS)}")
     place = choose_device(device)
     chosen = choose_dtype(dtype, place)
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ModelError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
     source = find_source(name, progress or silent, trust_remote_code=trust_remote_code)
     config = _read_config(source, trust_remote_code)
     weights = Weights(source.folder)
@@ -95,7 +101,9 @@ def load(
     if used == "decoder":
         from specdec.models.decoder import build_decoder
 
-        model = build_decoder(config, weights, name=label, dtype=chosen, device=place)
+        model = build_decoder(config, weights, name=label, dtype=chosen, device=place, quantize=quantize)
+    elif quantize is not None:
+        raise ModelError(f"quantize {quantize!r} needs the decoder adapter, and {label} runs on another: {reason}")
     else:
         model = _huggingface(source.folder, label, chosen, place, trust_remote_code)
     if source.converted:

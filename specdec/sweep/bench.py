@@ -19,7 +19,7 @@ from specdec.sweep.grid import Cell
 from specdec.target import load_target
 from specdec.text import build_rule
 from specdec.transforms import Parts
-from specdec.types import Draws, Model, Policy, Proposal, Target, Verdict
+from specdec.types import Draws, Model, Policy, Proposal, Target, Verdict, implementations
 
 # The toy of a dry run: every printable character, and laws sharp enough for drafts to be accepted.
 DRY_MODEL = "tabular:sharpness=4"
@@ -205,7 +205,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "vocab_size": loaded.model.vocab_size,
         "max_length": loaded.model.max_length,
         "eos_ids": list(loaded.eos_ids),
-        "implementations": {"linear": str(loaded.model.about.get("linear", "torch"))},
+        "implementations": implementations(loaded.model),
         "file_hashes": {} if synthetic else loaded.file_hashes(),
         "tokenizer_sha256": _hash_tokenizer(loaded.tokenizer),
     }

@@ -180,11 +180,13 @@ def system_info(config: Config, bench: "Bench") -> dict[str, Any]:
     """The lab's `system_info`, under its names; what does not exist here is null."""
     import torch
 
+    from specdec.types import implementations
+
     model = bench.cells[0].job.parts.model
     device = model.device
     cuda = device.type == "cuda"
     mega, giga = 2**20, 2**30
-    linear = str(model.about.get("linear", "torch"))
+    used = implementations(model)
     return {
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
@@ -195,7 +197,7 @@ def system_info(config: Config, bench: "Bench") -> dict[str, Any]:
         "cuda_available": torch.cuda.is_available(),
         "mps_available": torch.backends.mps.is_available(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "kernel_backends": {"linear": linear},
+        "kernel_backends": used,
         "kv_append_enabled": True,
         "batch_size": max(config.batch_size),
         "parallel_streams": False,
@@ -204,7 +206,7 @@ def system_info(config: Config, bench: "Bench") -> dict[str, Any]:
         "cuda_memory_allocated_mb": torch.cuda.memory_allocated(device) / mega if cuda else None,
         "cuda_memory_reserved_mb": torch.cuda.memory_reserved(device) / mega if cuda else None,
         "deterministic": config.deterministic,
-        "kernel_info": {"linear": linear},
+        "kernel_info": used,
         "threads": torch.get_num_threads(),
     }
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from specdec_kernels.cpu import library
-from specdec_kernels.cpu.packed import FORMATS, GROUP, Arena, linear, pack, reference, unpack
+from specdec_kernels.cpu.packed import FORMATS, GROUP, Arena, build_linear, linear, pack, reference, unpack
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=f"the CPU kernels: {library.available()}")
 SETS = library.load().instruction_sets if library.available() is None else ()
@@ -110,3 +110,14 @@ def test_wrong_arguments_raise():
         linear(packed, torch.ones(2, GROUP, dtype=torch.float64))
     with pytest.raises(ValueError, match="does not run here"):
         linear(packed, torch.ones(2, GROUP), instruction_set="mmx")
+
+
+def test_the_kernels_say_where_they_cannot_run():
+    assert library.refuse(torch.device("cpu"), torch.float32) is None
+    assert "not on meta" in library.refuse(torch.device("meta"), torch.float32)
+    assert "not in bfloat16" in library.refuse(torch.device("cpu"), torch.bfloat16)
+
+
+def test_one_layer_is_a_function():
+    weight, x = numbers(20, 48), numbers(2, 48)
+    assert torch.equal(build_linear(weight, None, "int4")(x), linear(pack(weight, None, "int4"), x))

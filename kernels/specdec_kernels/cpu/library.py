@@ -99,6 +99,17 @@ def available() -> str | None:
     return _open()[1]
 
 
+def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute with tensors of `dtype` on `device`, or `None`: an entry for `dispatch`, for the
+    operations `linear` and `decoder_stack` alike. `dtype` is that of inputs and outputs; weights have a format.
+    """
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    return available()
+
+
 def load() -> Library:
     """The kernels, compiled first if need be; raises `BuildError` where `available` has a reason."""
     library, reason = _open()

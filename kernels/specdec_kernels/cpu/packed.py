@@ -26,6 +26,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, UInt8
@@ -238,6 +239,17 @@ def linear(
         )  # fmt: skip
         library.check_status(status)
     return y
+
+
+def build_linear(
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    format: str = "fp32",
+    *,
+    block: int | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """The function `[.. in] -> [.. out]` of one linear layer, as `specdec_kernels.linear.pack` makes them."""
+    return partial(linear, pack(weight, bias, format, block=block))
 
 
 def _check_instruction_set(name: str, kernels: library.Library) -> None:

@@ -15,8 +15,8 @@ namespace SPECDEC_ISA {
 
 constexpr int PARTS = PANEL / W;
 constexpr int TILE_ROWS = 64;      // rows of outputs held between a product and what follows it
-// Channels whose weights stay in the first-level cache for the next rows. Sums of float32 are made chunk by chunk, which
-// also keeps their rounding errors small.
+// Channels whose weights stay in the first-level cache for the next rows. Sums of float32 are made chunk by chunk,
+// which also keeps their rounding errors small.
 constexpr int FLOAT_CHUNK = 128;
 constexpr int INT_CHUNK = 512;
 constexpr int GROUP = 32;          // channels that share a scale in int4, of weights and of inputs
