@@ -84,10 +84,17 @@ def huggingface_runner(module: Any, new_tokens: int, **options: Any) -> Callable
 @click.option("--questions-file", type=click.Path(path_type=Path))
 @click.option("--repeats", default=2, show_default=True)
 @click.option("--new-tokens", default=64, show_default=True)
+@click.option("--quantize", multiple=True, help="Add specdec over weights in this format (repeatable).")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write rows and provenance as JSON.")
 def main(
-    questions: int, questions_file: Path | None, repeats: int, new_tokens: int, threads: int, out: Path | None
+    questions: int,
+    questions_file: Path | None,
+    repeats: int,
+    new_tokens: int,
+    quantize: tuple[str, ...],
+    threads: int,
+    out: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
     loaded = load(MODEL, device="cpu")
@@ -101,6 +108,11 @@ def main(
         "specdec none": specdec_runner(plain, loaded.eos_ids, new_tokens),
         "specdec default": specdec_runner(default_parts(loaded), loaded.eos_ids, new_tokens),
     }
+    for weights in quantize:
+        other = load(MODEL, device="cpu", quantize=weights)
+        unaided = Parts(other.model, drafters.none(), policies.greedy(), controllers.fixed(0))
+        contenders[f"specdec none {weights}"] = specdec_runner(unaided, other.eos_ids, new_tokens)
+        contenders[f"specdec default {weights}"] = specdec_runner(default_parts(other), other.eos_ids, new_tokens)
     asked = read_questions(questions_file, questions, spread=True)
     prompts = [chat_prompt(loaded.tokenizer, question["turns"][0]) for question in asked]
     for run in contenders.values():
