@@ -13,7 +13,7 @@ from specdec.cache import keep
 from specdec.sampling import Sampling
 from specdec.scoring import score
 from specdec.state import append_tokens, init_state, stop_rule, verified_tokens
-from specdec.types import FAILED, RUNNING, Controller, DecodeState, Drafter, Model, Policy, Step, StepInfo
+from specdec.types import FAILED, RUNNING, Controller, DecodeState, Drafter, Model, Policy, Step, StepInfo, Verdict
 
 D = TypeVar("D")
 C = TypeVar("C")
@@ -58,7 +58,7 @@ def build_step(
 
         tokens = verified_tokens(tree.path_tokens(proposal, verdict.path), verdict)
         count, finish = stop_rule(tokens, verdict.num_accepted + 1, state.length, state.limit, ends)
-        broken = (target.logits.amax(-1).isnan() & proposal.valid).any(-1)
+        broken = _is_broken(target.logits, verdict, sampling)
         count = torch.where(running & ~broken, count, 0)
         finish = torch.where(running, torch.where(broken, FAILED, finish), state.finish)
 
@@ -154,6 +154,18 @@ def check_parts(model: Model, drafter: Drafter, policy: Policy, sampling: Sampli
             f"drafter {drafter.name!r} has a vocabulary of {drafter.vocab_size} tokens and the target one of "
             f"{model.vocab_size}; use a draft model with the target's tokenizer (see models.vocabulary)"
         )
+
+
+def _is_broken(logits: Tensor, verdict: Verdict, sampling: Sampling) -> Tensor:
+    """Rows whose next token was chosen from NaN logits.
+
+    The largest of logits with a NaN is the NaN, so where the largest is taken one look at it is enough: a reduction
+    over the vocabulary right after the forward costs a millisecond of cold threads.
+    """
+    rows = torch.arange(len(verdict.next_token), device=logits.device)
+    last = verdict.path.amax(-1).clamp_min(0)
+    broken = logits[rows, last, verdict.next_token].isnan()
+    return broken if sampling.temperature == 0 else broken | logits[rows, last].sum(-1).isnan()
 
 
 def _features_at(features: Tensor | None, nodes: Tensor, count: Tensor, before: Tensor | None) -> Tensor | None:
