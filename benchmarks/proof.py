@@ -176,6 +176,7 @@ def main(
     settings = provenance(
         model=MODEL, dtype="float32", new_tokens=new_tokens, k=4, batch=batch, template="chat", prompt_limit=512
     )
+    out.with_suffix(".meta.json").write_text(json.dumps(settings, indent=2) + "\n")
     done: set[str] = set()
     if out.is_file():
         done = {json.dumps(json.loads(line)["key"], sort_keys=True) for line in out.read_text().splitlines()}
@@ -197,7 +198,6 @@ def main(
                     sink.flush()
                     if not all(row["identical"]):
                         click.echo(f"differs: {row}")
-    out.with_suffix(".meta.json").write_text(json.dumps(settings, indent=2) + "\n")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for kind in ("greedy", "coupled"):
         here = [row for row in rows if row["kind"] == kind]
