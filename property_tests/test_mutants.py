@@ -132,8 +132,8 @@ def test_a_cache_that_keeps_a_rejected_slot_is_rejected(monkeypatch):
     monkeypatch.setattr(
         step_module,
         "keep",
-        lambda cache, base, nodes, count, **options: honest_keep(
-            cache, base, torch.where(nodes > 0, nodes - 1, nodes), count, moved=True
+        lambda cache, base, nodes, count: honest_keep(
+            cache, base, None if nodes is None else torch.where(nodes > 0, nodes - 1, nodes), count
         ),
     )
     assert error_of(drafters.draft_model(DRAFT, branching=(2, 1)), policies.lossless()) > VISIBLE

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from specdec.arrays import iota
 from specdec.records import record
 
 
@@ -94,8 +95,7 @@ def window(cache: KVCache, n: int) -> tuple[Int[Tensor, "b n"], int]:
         raise CacheFullError(
             f"{n} more slots do not fit: {extent} of {cache.capacity} are used; make the state with a larger capacity"
         )
-    offsets = torch.arange(n, device=cache.length.device)
-    return cache.length[:, None] + offsets, extent + n
+    return cache.length[:, None] + iota(n, cache.length.device), extent + n
 
 
 def advance(cache: KVCache, n: int, extent: int) -> KVCache:
@@ -121,19 +121,17 @@ def truncate(cache: KVCache, length: Int[Tensor, " b"]) -> KVCache:
 
 
 def keep(
-    cache: KVCache, base: Int[Tensor, " b"], nodes: Int[Tensor, "b m"], count: Int[Tensor, " b"], *, moved: bool = True
+    cache: KVCache, base: Int[Tensor, " b"], nodes: Int[Tensor, "b m"] | None, count: Int[Tensor, " b"]
 ) -> KVCache:
     """Move the slots `base + nodes[:, i]` to `base + i` for `i < count`, forget the rest; consumes `cache`.
 
     `nodes` must be strictly increasing within the first `count` entries of a row (a root-to-leaf path in
-    topological order is); later entries are ignored. `moved=False` promises that they are 0, 1, 2, ... (a chain), so
-    that nothing has to be moved.
+    topological order is); later entries are ignored. `None` stands for 0, 1, 2, ... (a chain): nothing has to move.
     """
     check_fresh(cache)
     cache.store.generation += 1
-    m = nodes.shape[1]
-    if moved and m:
-        index = torch.arange(m, device=nodes.device)
+    if nodes is not None and nodes.shape[1]:
+        index = iota(nodes.shape[1], nodes.device)
         live = index < count[:, None]
         # A node that is not kept is written onto itself, so every row moves the same number of slots.
         source = base[:, None] + torch.where(live, nodes, index)
@@ -163,7 +161,7 @@ def borrow(cache: KVCache) -> KVCache:
 
 def _extent(length: Int[Tensor, " b"], bound: int) -> int:
     # Reading a number back is free on the CPU and a stall elsewhere; there the bound stands until `window` needs it.
-    return int(length.max()) if length.device.type == "cpu" else bound
+    return max(length.tolist()) if length.device.type == "cpu" else bound
 
 
 def slot_visibility(

@@ -45,15 +45,14 @@ def observe(
     draft_forwards: int,
 ) -> Metrics:
     """Count one round of the rows that are `running`; `depth` is that of the drafted tree, `accepted` of the path."""
-    one = running.long()
     size = metrics.hist.shape[1]
     index = (depth * size + accepted)[:, None]
     return Metrics(
-        hist=metrics.hist.flatten(1).scatter_add(1, index, one[:, None]).view_as(metrics.hist),
-        drafted=metrics.drafted + drafted * one,
+        hist=metrics.hist.flatten(1).scatter_add(1, index, running.long()[:, None]).view_as(metrics.hist),
+        drafted=metrics.drafted + drafted * running,
         emitted=metrics.emitted + emitted,
-        target_forwards=metrics.target_forwards + one,
-        draft_forwards=metrics.draft_forwards + draft_forwards * one,
+        target_forwards=metrics.target_forwards + running,
+        draft_forwards=metrics.draft_forwards + draft_forwards * running if draft_forwards else metrics.draft_forwards,
     )
 
 

@@ -12,17 +12,19 @@ from torch import Tensor
 
 from specdec import cache as kv
 from specdec import metrics as counters
+from specdec import tree
+from specdec.arrays import iota
 from specdec.cache import KVCache, SlotStore
 from specdec.records import Memo, fields_of, is_record, map_rows, record_name, record_type
 from specdec.rng import Key, seeded
 from specdec.types import (
-    RUNNING,
     STOPPED_EOS,
     STOPPED_LENGTH,
     Controller,
     DecodeState,
     Drafter,
     Model,
+    Proposal,
     Verdict,
 )
 
@@ -110,31 +112,36 @@ def stop_rule(
     Applied after acceptance, to committed tokens only: the first EOS is kept and ends the row, nothing follows it,
     and the total never passes `limit`.
     """
-    index = torch.arange(emitted.shape[1], device=emitted.device)
-    count = torch.minimum(count, limit - length)
-    finish = torch.where(length + count >= limit, STOPPED_LENGTH, RUNNING)
+    room = limit - length
+    # RUNNING is 0. Products of masks and numbers, because `where` makes a tensor of every number it is given.
+    finish = (count >= room) * STOPPED_LENGTH
+    count = torch.minimum(count, room)
     if eos_ids:
-        is_eos = (index < count[:, None]) & (emitted == eos_ids[0])
+        is_eos = emitted == eos_ids[0]
         for token in eos_ids[1:]:
-            is_eos |= (index < count[:, None]) & (emitted == token)
-        ended = is_eos.any(1)
-        count = torch.where(ended, is_eos.int().argmax(1) + 1, count)
-        finish = torch.where(ended, STOPPED_EOS, finish)
+            is_eos |= emitted == token
+        n = emitted.shape[1]
+        first = iota(n, emitted.device).masked_fill(~is_eos, n).amin(1) if n > 1 else 1 - is_eos[:, 0].long()
+        ended = first < count
+        count = torch.minimum(count, first + 1)
+        finish = finish.masked_fill(ended, STOPPED_EOS)
     return count, finish
 
 
-def verified_tokens(path_tokens: Int[Tensor, "b n"], verdict: Verdict) -> Int[Tensor, "b n"]:
-    """The accepted tokens followed by the next token; the tokens of a path in an n-node tree never fill n places."""
-    return path_tokens.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
+def verified_tokens(proposal: Proposal, verdict: Verdict) -> Int[Tensor, "b n"]:
+    """The accepted tokens followed by the next token, then -1; a path in an n-node tree never fills n places."""
+    if proposal.tokens.shape[1] == 1:
+        return verdict.next_token[:, None]
+    path = tree.path_tokens(proposal, verdict.path)
+    return path.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
 
 
 def append_tokens(
-    tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], emitted: Int[Tensor, "b n"], count: Int[Tensor, " b"]
+    tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], emitted: Int[Tensor, "b n"]
 ) -> Int[Tensor, "b t"]:
-    """`tokens` with the first `count` of `emitted` written behind `length`; the buffer must have room for all."""
-    index = torch.arange(emitted.shape[1], device=emitted.device)
-    place = length[:, None] + index
-    return tokens.scatter(1, place, torch.where(index < count[:, None], emitted, tokens.gather(1, place)))
+    """`tokens` with `emitted` written behind `length` where it is not -1; the buffer must have room for all."""
+    place = length[:, None] + iota(emitted.shape[1], emitted.device)
+    return tokens.scatter(1, place, torch.where(emitted >= 0, emitted, tokens.gather(1, place)))
 
 
 def truncate_state(state: DecodeState[D, C], length: Int[Tensor, " b"], finish: int) -> DecodeState[D, C]:

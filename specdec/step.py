@@ -9,11 +9,24 @@ from torch import Tensor
 
 from specdec import metrics as counters
 from specdec import tree
+from specdec.arrays import iota
 from specdec.cache import keep
 from specdec.sampling import Sampling
 from specdec.scoring import score
 from specdec.state import append_tokens, init_state, stop_rule, verified_tokens
-from specdec.types import FAILED, RUNNING, Controller, DecodeState, Drafter, Model, Policy, Step, StepInfo, Verdict
+from specdec.types import (
+    FAILED,
+    RUNNING,
+    Controller,
+    DecodeState,
+    Drafter,
+    Model,
+    Policy,
+    Proposal,
+    Step,
+    StepInfo,
+    Verdict,
+)
 
 D = TypeVar("D")
 C = TypeVar("C")
@@ -38,8 +51,8 @@ def build_step(
     check_parts(model, drafter, policy, sampling)
 
     def step(state: DecodeState[Any, Any]) -> tuple[DecodeState[Any, Any], StepInfo]:
-        running = ~state.done
-        room = torch.where(running, state.limit - state.length - 1, 0)
+        running = state.finish == RUNNING
+        room = (state.limit - state.length - 1) * running
         plan = controller.plan(state.controller, room)
         proposal, drafter_state, draft_forwards = drafter.propose(state, plan, sampling)
         proposal = tree.trim(proposal)
@@ -56,20 +69,20 @@ def build_step(
         draws = policy.draw(state.key, state.round, depth, state.length, model.vocab_size)
         verdict = policy.verify(proposal, target, draws, sampling)
 
-        tokens = verified_tokens(tree.path_tokens(proposal, verdict.path), verdict)
+        tokens = verified_tokens(proposal, verdict)
         count, finish = stop_rule(tokens, verdict.num_accepted + 1, state.length, state.limit, ends)
-        broken = _is_broken(target.logits, verdict, sampling)
-        count = torch.where(running & ~broken, count, 0)
-        finish = torch.where(running, torch.where(broken, FAILED, finish), state.finish)
+        broken = _is_broken(target.logits, proposal, verdict, sampling)
+        count = count * (running & ~broken)
+        finish = torch.where(running, finish.masked_fill(broken, FAILED), state.finish)
 
-        emitted = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < count[:, None], tokens, -1)
+        emitted = tokens.masked_fill(iota(tokens.shape[1], tokens.device) >= count[:, None], -1)
         # The root's slot and those of all emitted tokens but the last: the cache ends one short of the text.
-        nodes = torch.cat([torch.zeros_like(verdict.path[:, :1]), verdict.path[:, :-1]], dim=1)
-        cache = keep(cache, state.length - 1, nodes, count, moved=not proposal.chain)
+        nodes = None if proposal.chain else torch.nn.functional.pad(verdict.path[:, :-1], (1, 0))
+        cache = keep(cache, state.length - 1, nodes, count)
         info = StepInfo(plan, proposal, verdict, emitted, count, running, draft_forwards)
         after = dataclasses.replace(
             state,
-            tokens=append_tokens(state.tokens, state.length, tokens, count),
+            tokens=append_tokens(state.tokens, state.length, emitted),
             length=state.length + count,
             finish=finish,
             round=state.round + running,
@@ -80,7 +93,7 @@ def build_step(
                 state.metrics,
                 depth=tree.tree_depth(proposal),
                 accepted=verdict.num_accepted,
-                drafted=proposal.valid.sum(-1) - 1,
+                drafted=proposal.drafted,
                 emitted=count,
                 running=running,
                 draft_forwards=draft_forwards,
@@ -156,22 +169,22 @@ def check_parts(model: Model, drafter: Drafter, policy: Policy, sampling: Sampli
         )
 
 
-def _is_broken(logits: Tensor, verdict: Verdict, sampling: Sampling) -> Tensor:
+def _is_broken(logits: Tensor, proposal: Proposal, verdict: Verdict, sampling: Sampling) -> Tensor:
     """Rows whose next token was chosen from NaN logits.
 
     The largest of logits with a NaN is the NaN, so where the largest is taken one look at it is enough: a reduction
     over the vocabulary right after the forward costs a millisecond of cold threads.
     """
-    rows = torch.arange(len(verdict.next_token), device=logits.device)
-    last = verdict.path.amax(-1).clamp_min(0)
+    rows = iota(len(verdict.next_token), logits.device)
+    last = verdict.num_accepted if proposal.chain else verdict.path.amax(-1).clamp_min(0)
     broken = logits[rows, last, verdict.next_token].isnan()
     return broken if sampling.temperature == 0 else broken | logits[rows, last].sum(-1).isnan()
 
 
-def _features_at(features: Tensor | None, nodes: Tensor, count: Tensor, before: Tensor | None) -> Tensor | None:
+def _features_at(features: Tensor | None, nodes: Tensor | None, count: Tensor, before: Tensor | None) -> Tensor | None:
     """The features after the last token whose slot was kept; those of before in rows that committed nothing."""
     if features is None or before is None:
         return before
-    rows = torch.arange(len(count), device=count.device)
-    last = nodes[rows, (count - 1).clamp_min(0)]
+    rows, last = iota(len(count), count.device), (count - 1).clamp_min(0)
+    last = last if nodes is None else nodes[rows, last]
     return torch.where((count > 0)[:, None], features[rows, last], before)

@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdec import arrays
+from specdec.arrays import iota
 from specdec.types import Proposal
 
 
 def chain_parents(rows: int, n: int, device: torch.device | str) -> Int[Tensor, "b n"]:
     """-1, 0, 1, ...: the parents of a chain."""
-    return torch.arange(-1, n - 1, device=device).expand(rows, n)
+    return arrays.chain_parents(n, torch.device(device)).expand(rows, n)
 
 
 def chain(
@@ -27,10 +29,11 @@ def chain(
     """
     rows, m = drafts.shape
     tokens = torch.cat([root[:, None], drafts], dim=1)
-    valid = torch.arange(m + 1, device=drafts.device) <= count[:, None]
+    index = iota(m + 1, drafts.device)
+    valid = index <= count[:, None]
     sampled = torch.zeros_like(valid)
     if draft_probs is not None:
-        sampled = valid & (torch.arange(m + 1, device=drafts.device) > 0)
+        sampled = valid & (index > 0)
         draft_probs = torch.cat([draft_probs, torch.zeros_like(draft_probs[:, :1])], dim=1) if m else None
     # A padding node must still be a token the model can embed.
     tokens = torch.where(valid, tokens, root[:, None])
@@ -39,7 +42,9 @@ def chain(
 
 def root_only(root: Int[Tensor, " b"]) -> Proposal:
     """The tree of plain decoding: one node, nothing drafted."""
-    return chain(root, root[:, None][:, :0], torch.zeros_like(root))
+    tokens = root[:, None]
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    return Proposal(tokens, chain_parents(len(root), 1, root.device), valid, ~valid, None, True, True)
 
 
 def ancestors(parents: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]:
@@ -62,7 +67,7 @@ def depths(visible: Bool[Tensor, "b n n"]) -> Int[Tensor, "b n"]:
 def node_depths(proposal: Proposal) -> Int[Tensor, "b n"]:
     """`depths` of a proposal; a chain needs no algebra."""
     if proposal.chain:
-        return torch.arange(proposal.tokens.shape[1], device=proposal.tokens.device).expand_as(proposal.tokens)
+        return iota(proposal.tokens.shape[1], proposal.tokens.device).expand_as(proposal.tokens)
     return depths(ancestors(proposal.parents))
 
 
@@ -73,7 +78,7 @@ def trim(proposal: Proposal) -> Proposal:
     """
     if proposal.tokens.device.type != "cpu":
         return proposal
-    used = int(proposal.valid.any(0).nonzero().amax()) + 1
+    used = 1 + (max(proposal.drafted.tolist()) if proposal.chain else int(proposal.valid.any(0).nonzero().amax()))
     if used == proposal.tokens.shape[1]:
         return proposal
     probs = None if proposal.draft_probs is None or used == 1 else proposal.draft_probs[:, :used]
@@ -91,7 +96,7 @@ def trim(proposal: Proposal) -> Proposal:
 def tree_depth(proposal: Proposal) -> Int[Tensor, " b"]:
     """Depth of each row's deepest valid node."""
     if proposal.chain:
-        return proposal.valid.sum(-1) - 1
+        return proposal.drafted
     return (node_depths(proposal) * proposal.valid).amax(-1)
 
 

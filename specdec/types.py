@@ -18,6 +18,7 @@ verifies it, and commits the accepted path plus exactly one token of the target'
 """
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -55,6 +56,11 @@ class Proposal:
     draft_probs: Float[Tensor, "b n v"] | None = None
     replacement: bool = True
     chain: bool = False
+
+    @cached_property
+    def drafted(self) -> Int[Tensor, " b"]:
+        """Drafts of each row: its valid nodes without the root."""
+        return self.valid.sum(-1) - 1
 
 
 @record

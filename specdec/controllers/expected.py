@@ -1,12 +1,14 @@
 """The depth that maximizes expected tokens per second, given what a forward of n tokens costs."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from specdec import tree
+from specdec.arrays import iota
 from specdec.controllers.fixed import bounded, judged
 from specdec.records import record
 from specdec.types import Controller, Plan, StepInfo
@@ -14,7 +16,8 @@ from specdec.types import Controller, Plan, StepInfo
 
 @record
 class ExpectedState:
-    """Discounted counts by depth: `tried [b k]` (drafts whose predecessors were accepted) and `accepted [b k]`."""
+    """Discounted counts by depth, with a prior: `tried [b k]` (drafts whose predecessors were accepted) and `accepted
+    [b k]`. Depth 0 is the root, which is always tried and always accepted."""
 
     tried: Float[Tensor, "b k"]
     accepted: Float[Tensor, "b k"]
@@ -42,26 +45,26 @@ def expected(
         raise ValueError(f"max_k must be at least 1, got {max_k}")
     if 1 not in cost or min(cost.values()) <= 0:
         raise ValueError("cost must give positive seconds for n = 1 and further n, for example {1: 0.04, 8: 0.06}")
-    seconds = [_interpolate(cost, n + 1) + n * draft_cost + overhead for n in range(max_k + 1)]
+    seconds = torch.tensor([_interpolate(cost, n + 1) + n * draft_cost + overhead for n in range(max_k + 1)])
+    hits = torch.tensor([weight] + [prior * weight] * max_k)
+    on_device = cache(lambda device: (seconds.to(device), hits.to(device)))
 
     def init(rows: int, device: torch.device) -> ExpectedState:
-        none = torch.zeros(rows, max_k, device=device)
+        none = torch.zeros(rows, max_k + 1, device=device)
         return ExpectedState(none, none)
 
     def plan(state: ExpectedState, room: Tensor) -> Plan:
-        rate = (state.accepted + prior * weight) / (state.tried + weight)
-        tokens = 1 + torch.nn.functional.pad(rate.cumprod(-1).cumsum(-1), (1, 0))
-        value = tokens / torch.tensor(seconds, device=rate.device)
+        time, before = on_device(room.device)
+        rate = (state.accepted + before) / (state.tried + weight)
+        value = rate.cumprod(-1).cumsum(-1) / time
         return bounded(value.argmax(-1), room)
 
     def update(state: ExpectedState, info: StepInfo) -> ExpectedState:
-        index = torch.arange(max_k, device=info.running.device)
-        counts = judged(info)[:, None]
-        tried = (
-            counts & (index < tree.tree_depth(info.proposal)[:, None]) & (index <= info.verdict.num_accepted[:, None])
-        )
-        accepted = counts & (index < info.verdict.num_accepted[:, None])
-        fade = torch.where(info.running[:, None], discount, 1.0)
+        index = iota(max_k + 1, info.running.device)
+        fade = (info.running * (discount - 1) + 1)[:, None]
+        counts, passed = judged(info)[:, None], info.verdict.num_accepted[:, None]
+        accepted = counts & (index <= passed)
+        tried = counts & (index <= torch.minimum(passed + 1, tree.tree_depth(info.proposal)[:, None]))
         return ExpectedState(state.tried * fade + tried, state.accepted * fade + accepted)
 
     return Controller(f"expected:max_k={max_k}", init, plan, update, max_k)

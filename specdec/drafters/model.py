@@ -82,7 +82,7 @@ def draft_model(
             return drafter
         nodes, count = _follow_emitted(drafter, info.emitted)
         count = torch.minimum(count, info.num_emitted)
-        cache = kv.keep(drafter.cache, drafter.base, nodes, count, moved=bool(shape))
+        cache = kv.keep(drafter.cache, drafter.base, nodes if shape else None, count)
         return _nothing_drafted(cache, state.length)
 
     return Drafter(

@@ -84,16 +84,16 @@ class SuffixMemo(Memo):
     def __init__(self) -> None:
         self.rows: list[SuffixAutomaton] = []
 
-    def update(self, texts: list[list[int]]) -> list[SuffixAutomaton]:
-        """Automata of exactly these texts, extending what is there."""
-        if len(self.rows) != len(texts):
-            self.rows = [SuffixAutomaton() for _ in texts]
-        for row, text in enumerate(texts):
-            # A text that has become shorter was rolled back, and an automaton cannot unlearn.
-            if self.rows[row].size > len(text):
-                self.rows[row] = SuffixAutomaton()
-            automaton = self.rows[row]
-            for token in text[automaton.size :]:
+    def update(self, tokens: Tensor, length: Tensor) -> list[SuffixAutomaton]:
+        """Automata of exactly the first `length [b]` of `tokens [b t]`, extending what is there."""
+        ends = length.tolist()
+        if len(self.rows) != len(ends):
+            self.rows = [SuffixAutomaton() for _ in ends]
+        # A text that has become shorter was rolled back, and an automaton cannot unlearn.
+        self.rows = [row if row.size <= end else SuffixAutomaton() for row, end in zip(self.rows, ends, strict=True)]
+        begin = min(row.size for row in self.rows)
+        for automaton, text, end in zip(self.rows, tokens[:, begin : max(ends)].tolist(), ends, strict=True):
+            for token in text[automaton.size - begin : end - begin]:
                 automaton.extend(token)
         return self.rows
 
@@ -120,12 +120,12 @@ def suffix(*, min_match: int = 1, min_share: float = 0.0, nodes: int = 0) -> Dra
 
     def init(tokens: Tensor, length: Tensor, capacity: int) -> SuffixState:
         state = SuffixState(SuffixMemo())
-        state.memo.update(_texts(tokens, length))
+        state.memo.update(tokens, length)
         return state
 
     def propose(state: DecodeState[Any, Any], plan: Plan, sampling: Sampling) -> tuple[Proposal, SuffixState, int]:
         root = last_token(state)
-        automata = state.drafter.memo.update(_texts(state.tokens, state.length))
+        automata = state.drafter.memo.update(state.tokens, state.length)
         if plan.max_depth == 0:
             return tree.root_only(root), state.drafter, 0
         budget = nodes or plan.max_depth
@@ -143,10 +143,6 @@ def suffix(*, min_match: int = 1, min_share: float = 0.0, nodes: int = 0) -> Dra
         chain=nodes == 0,
         max_nodes=lambda depth: 1 + (nodes or depth),
     )
-
-
-def _texts(tokens: Tensor, length: Tensor) -> list[list[int]]:
-    return [row[:end] for row, end in zip(tokens.tolist(), length.tolist(), strict=True)]
 
 
 def _draft(
@@ -182,6 +178,8 @@ def _draft(
 def _pack(root: Tensor, drafts: list[list[tuple[int, int]]], *, chain: bool) -> Proposal:
     """Trees of different sizes as one padded proposal; padding hangs on the node before it."""
     n = 1 + max(len(row) for row in drafts)
+    if n == 1:
+        return tree.root_only(root)
     rows = [[(index, 0) for index in range(len(row), n - 1)] for row in drafts]
     full = [row + fill for row, fill in zip(drafts, rows, strict=True)]
     padded = torch.tensor(full, dtype=torch.int64, device=root.device).view(len(drafts), n - 1, 2)

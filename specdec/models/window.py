@@ -27,7 +27,7 @@ def open_window(cache: KVCache, n: int, depth: Int[Tensor, "b n"] | None, max_le
     slots, extent = kv.window(cache, n)
     if slots.device.type == "cpu":
         # The handle's bound is loose after rows were selected; reading a number back is free here.
-        extent = int(cache.length.max()) + n
+        extent = max(cache.length.tolist()) + n
     positions = slots if depth is None else cache.length[:, None] + depth
     # Drafts may hang past the end of the context. No verdict commits them, but tables of positions end there.
     return Window(slots, positions.clamp(max=max_length - 1), extent)

@@ -25,6 +25,10 @@ def choice_walk(proposal: Proposal, choice: Int[Tensor, "b n"]) -> Verdict:
     The choice at the last node of the path is the next token. Every node is judged, so `accept_prob` is 0 or 1.
     """
     tokens, valid = proposal.tokens, proposal.valid
+    if tokens.shape[1] == 1:
+        # Plain decoding, and every round without a draft: nothing to compare.
+        nothing = torch.zeros(choice.shape, device=choice.device)
+        return Verdict(torch.full_like(choice, -1), torch.zeros_like(choice[:, 0]), choice[:, 0], nothing)
     if proposal.chain:
         agrees = valid[:, 1:] & (tokens[:, 1:] == choice[:, :-1])
         accepted = torch.nn.functional.pad(agrees.long().cumprod(-1).bool(), (1, 0))
