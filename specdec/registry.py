@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from specdec.types import Controller, Drafter, Model, Policy
 
 DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_DRAFTER = "suffix:min_share=0.3"
+DEFAULT_DRAFTER = "suffix:nodes=7"
+DEFAULT_CHAIN = "suffix"
 DEFAULT_CONTROLLER = "expected:max_k=8"
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -29,7 +30,7 @@ DRAFTERS: dict[str, Entry] = {
         {"max_ngram": whole(1), "min_ngram": whole(1), "matches": whole(1), "window": whole(0)},
     ),
     "suffix": Entry(
-        "most frequent continuation of the longest repeated suffix",
+        "most likely continuations by the longest repeated suffixes",
         {"min_match": whole(1), "min_share": number(0, 1), "nodes": whole(0)},
     ),
     "model": Entry(
@@ -42,12 +43,14 @@ COMBINATIONS: dict[str, Entry] = {
     "first": Entry("first(A, B): the first that has a draft"),
     "union": Entry("union(A, B): all drafts in one tree"),
 }
+# Which implementation of the verification rule runs; see specdec_kernels.dispatch.
+_KERNELS = {"kernels": word("auto", "cuda", "triton", "torch")}
 POLICIES: dict[str, Entry] = {
-    "greedy": Entry("keep a draft while it is the most likely token (temperature 0)"),
-    "lossless": Entry("rejection sampling, for any tree"),
-    "block": Entry("rejection sampling of a whole chain"),
-    "match": Entry("keep a draft while it is the token that was sampled"),
-    "coupled": Entry("target and draft share their noise; same output as plain decoding"),
+    "greedy": Entry("keep a draft while it is the most likely token (temperature 0)", _KERNELS),
+    "lossless": Entry("rejection sampling, for any tree", _KERNELS),
+    "block": Entry("rejection sampling of a whole chain", _KERNELS),
+    "match": Entry("keep a draft while it is the token that was sampled", _KERNELS),
+    "coupled": Entry("target and draft share their noise; same output as plain decoding", _KERNELS),
 }
 CONTROLLERS: dict[str, Entry] = {
     "fixed": Entry("always the same depth", {"k": whole(1)}),
@@ -104,6 +107,11 @@ def parse_controller(text: str) -> Choice:
 def choose_policy(given: Choice | None, temperature: float) -> Choice:
     """The policy that was given, else the one that fits the temperature."""
     return given or Choice("greedy" if temperature == 0 else "lossless")
+
+
+def choose_drafter(given: Choice | None, policy: Choice, k: int | None) -> Choice:
+    """The drafter that was given, else the default: a chain where the policy wants one or a length was asked for."""
+    return given or parse_drafter(DEFAULT_CHAIN if policy.name == "block" or k is not None else DEFAULT_DRAFTER)
 
 
 def choose_controller(given: Choice | None, k: int | None, default: Choice) -> Choice:

@@ -75,12 +75,15 @@ class Target:
 class Draws:
     """Randomness as data: policies receive it and never draw.
 
-    `accept`: one uniform in [0, 1) per node, `token`: one per row, `noise`: Gumbel noise per node and token.
+    `accept`: one uniform in [0, 1) per node, `token`: one per row, `noise`: Gumbel noise per node and token, or `seed`
+    and the `position` of each node, from which the rule makes that noise where it needs it (`Key.gumbels`).
     """
 
     accept: Float[Tensor, "b n"]
     token: Float[Tensor, " b"]
     noise: Float[Tensor, "b n v"] | None = None
+    seed: Int[Tensor, " b"] | None = None
+    position: Int[Tensor, "b n"] | None = None
 
 
 @record
@@ -100,10 +103,15 @@ class Verdict:
 
 @record
 class Plan:
-    """What a controller asks for: draft at most `depth` tokens in each row; `max_depth` is their host-side bound."""
+    """What a controller asks for: draft at most `depth` tokens in each row; `max_depth` is their host-side bound.
+
+    `worth`: the least chance of acceptance at which one more node pays for its share of the forward, where the
+    controller knows costs; for drafters that know chances.
+    """
 
     depth: Int[Tensor, " b"]
     max_depth: int
+    worth: Float[Tensor, " b"] | None = None
 
 
 RUNNING, STOPPED_EOS, STOPPED_LENGTH, STOPPED_TEXT, FAILED = range(5)
@@ -219,6 +227,8 @@ class Drafter(NamedTuple):
     its own state is `state.drafter`. `observe(state, info)` sees the state after the commit and returns the drafter's
     state again. `chain`: proposes chains only. `max_nodes(depth)`: the most nodes, root included, of a tree planned
     `depth` deep. `features`: wants `state.features`. `vocab_size`: that of its laws; `None` when it has none.
+    `capturable`: its `propose` and `observe` work on the device alone and ask it nothing (`specdec.graphs`).
+    `shares_cache`: drafts in the target's own cache, so it cannot work while the target does.
     """
 
     name: str
@@ -229,6 +239,8 @@ class Drafter(NamedTuple):
     max_nodes: Callable[[int], int]
     features: bool = False
     vocab_size: int | None = None
+    capturable: bool = False
+    shares_cache: bool = False
 
 
 class Policy(NamedTuple):

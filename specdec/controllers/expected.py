@@ -39,13 +39,15 @@ def expected(
     seconds per drafted token; `overhead`: seconds of a round outside both. a_j, the probability that depth j is
     accepted when j - 1 was, is a discounted mean with a prior of mean `prior` and `weight` observations. The discount
     runs in rounds without a draft, too, so an estimate that switched speculation off fades and is tried again.
-    The criterion is that of TurboSpec (arXiv:2406.14066) with the cost of a forward measured.
+    The criterion is that of TurboSpec (arXiv:2406.14066) with the cost of a forward measured. `Plan.worth` is the cost
+    of a node times the speed so expected: a node that is accepted less often slows decoding down.
     """
     if max_k < 1:
         raise ValueError(f"max_k must be at least 1, got {max_k}")
     if 1 not in cost or min(cost.values()) <= 0:
         raise ValueError("cost must give positive seconds for n = 1 and further n, for example {1: 0.04, 8: 0.06}")
     seconds = torch.tensor([_interpolate(cost, n + 1) + n * draft_cost + overhead for n in range(max_k + 1)])
+    slope = float(seconds[-1] - seconds[0]) / max_k
     hits = torch.tensor([weight] + [prior * weight] * max_k)
     on_device = cache(lambda device: (seconds.to(device), hits.to(device)))
 
@@ -56,8 +58,8 @@ def expected(
     def plan(state: ExpectedState, room: Tensor) -> Plan:
         time, before = on_device(room.device)
         rate = (state.accepted + before) / (state.tried + weight)
-        value = rate.cumprod(-1).cumsum(-1) / time
-        return bounded(value.argmax(-1), room)
+        speed, depth = (rate.cumprod(-1).cumsum(-1) / time).max(-1)
+        return bounded(depth, room, speed * slope)
 
     def update(state: ExpectedState, info: StepInfo) -> ExpectedState:
         index = iota(max_k + 1, info.running.device)

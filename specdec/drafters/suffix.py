@@ -1,6 +1,7 @@
-"""A suffix automaton over prompt and output: the longest suffix seen before, and its most frequent continuation."""
+"""A suffix automaton over prompt and output: what followed the longest suffixes that were seen before."""
 
 import heapq
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from specdec.records import Memo, record, register
 from specdec.sampling import Sampling
 from specdec.types import DecodeState, Drafter, Plan, Proposal
 
+# How many tokens a match must have for its continuation to be believed half the time. On 20 conversations of a 135M
+# model the most frequent continuation of a match of 1, 2, 3, 4 and 6 tokens was right in 25, 56, 63, 77 and 82 %.
+ESCAPE = 1.25
+NEGLIGIBLE = 0.05
+
 
 class SuffixAutomaton:
     """The minimal automaton of all substrings of a text, built online (Blumer et al. 1985), with occurrence counts.
 
     State s stands for a class of substrings that end at the same places; `length[s]` is the longest of them,
-    `link[s]` the state of its longest suffix in another class, `count[s]` the number of places, `last[s]` the latest.
+    `link[s]` the state of its longest suffix in another class, `count[s]` the number of places.
     """
 
     def __init__(self) -> None:
@@ -25,7 +31,6 @@ class SuffixAutomaton:
         self.link = [-1]
         self.length = [0]
         self.count = [0]
-        self.last = [-1]
         self.end = 0
         self.size = 0
 
@@ -46,7 +51,6 @@ class SuffixAutomaton:
                 clone = self._state(
                     dict(self.next[target]), self.length[state] + 1, self.link[target], self.count[target]
                 )
-                self.last[clone] = self.last[target]
                 while state != -1 and self.next[state].get(token) == target:
                     self.next[state][token] = clone
                     state = self.link[state]
@@ -54,7 +58,6 @@ class SuffixAutomaton:
         self.end = new
         while new > 0:
             self.count[new] += 1
-            self.last[new] = self.size
             new = self.link[new]
         self.size += 1
 
@@ -63,7 +66,6 @@ class SuffixAutomaton:
         self.length.append(length)
         self.link.append(link)
         self.count.append(count)
-        self.last.append(-1)
         return len(self.link) - 1
 
     def match(self) -> tuple[int, int]:
@@ -71,10 +73,34 @@ class SuffixAutomaton:
         state = self.link[self.end] if self.end else 0
         return state, self.length[state]
 
-    def continuations(self, state: int) -> list[tuple[int, int, int]]:
-        """(count, token, state) of what followed, most frequent first, the most recent of equals."""
-        following = ((self.count[to], self.last[to], token, to) for token, to in self.next[state].items())
-        return [(count, token, to) for count, _, token, to in sorted(following, reverse=True)]
+    def follow(self, state: int, matched: int, token: int) -> tuple[int, int]:
+        """The state and length of the longest suffix that occurs, of `matched` tokens read to `state` and `token`."""
+        while state != -1 and token not in self.next[state]:
+            state = self.link[state]
+            matched = self.length[state] if state != -1 else 0
+        return (0, 0) if state == -1 else (self.next[state][token], matched + 1)
+
+    def law(self, state: int, matched: int, shortest: int = 1) -> dict[int, float]:
+        """How likely each token comes next, by what followed the longest match and, for the rest, the shorter ones.
+
+        Prediction by partial matching (Cleary and Witten 1984). A match of m tokens is believed with probability
+        m / (m + ESCAPE), its continuations in proportion to their counts; what is left goes to its longest suffix that
+        ends elsewhere too, down to matches of `shortest` tokens. The rest of the mass is nobody's.
+        """
+        law: dict[int, float] = {}
+        left = 1.0
+        while state > 0 and matched >= shortest and left > NEGLIGIBLE:
+            following = self.next[state]
+            total = sum(self.count[to] for to in following.values())
+            if total:
+                believed = matched / (matched + ESCAPE)
+                # Of equals the one that appeared last comes first.
+                for token, to in reversed(following.items()):
+                    law[token] = law.get(token, 0.0) + left * believed * self.count[to] / total
+                left *= 1 - believed
+            state = self.link[state]
+            matched = self.length[state]
+        return law
 
 
 @register
@@ -106,11 +132,12 @@ class SuffixState:
 
 
 def suffix(*, min_match: int = 1, min_share: float = 0.0, nodes: int = 0) -> Drafter:
-    """Draft the most frequent continuation of the longest suffix that occurred before.
+    """Draft the most likely continuations by the longest suffixes that occurred before.
 
-    In the spirit of SuffixDecoding (arXiv:2411.04975), with a suffix automaton in place of its trees. A continuation's
-    share is the product of its tokens' relative frequencies; drafting ends where it falls below `min_share`.
-    `min_match`: tokens that must agree. `nodes` > 0 drafts a tree of so many best continuations, by share; 0 a chain.
+    In the spirit of SuffixDecoding (arXiv:2411.04975), with a suffix automaton in place of its trees and shorter
+    matches blended in (`SuffixAutomaton.law`). A draft's share is the product of the probabilities along its path;
+    drafting ends where it falls below `min_share` or below `Plan.worth`. `min_match`: tokens that must agree.
+    `nodes` > 0 drafts a tree of so many best continuations, by share; 0 a chain.
     """
     if min_match < 1 or not 0 <= min_share < 1 or nodes < 0:
         raise ValueError(
@@ -129,9 +156,10 @@ def suffix(*, min_match: int = 1, min_share: float = 0.0, nodes: int = 0) -> Dra
         if plan.max_depth == 0:
             return tree.root_only(root), state.drafter, 0
         budget = nodes or plan.max_depth
+        worth = [0.0] * len(automata) if plan.worth is None else plan.worth.tolist()
         drafts = [
-            _draft(automaton, depth, budget, 1 if nodes == 0 else budget, min_match, min_share)
-            for automaton, depth in zip(automata, plan.depth.tolist(), strict=True)
+            _draft(automaton, depth, budget, 1 if nodes == 0 else budget, min_match, max(min_share, least))
+            for automaton, depth, least in zip(automata, plan.depth.tolist(), worth, strict=True)
         ]
         return _pack(root, drafts, chain=nodes == 0), state.drafter, 0
 
@@ -149,29 +177,27 @@ def _draft(
     automaton: SuffixAutomaton, depth: int, budget: int, width: int, min_match: int, min_share: float
 ) -> list[tuple[int, int]]:
     """(parent, token) of up to `budget` drafts in best-first order of their share; node 0 is the root."""
-    start, matched = automaton.match()
-    if matched < min_match or depth == 0:
-        return []
     drafts: list[tuple[int, int]] = []
-    # Entries: (-share, order of discovery, depth, parent node, token, automaton state).
-    queue: list[tuple[float, int, int, int, int, int]] = []
+    # Entries: (-share, order of discovery, depth, parent node, token, automaton state and match at the parent).
+    queue: list[tuple[float, int, int, int, int, int, int]] = []
     found = 0
 
-    def discover(state: int, share: float, level: int, parent: int) -> None:
+    def discover(state: int, matched: int, share: float, level: int, parent: int) -> None:
         nonlocal found
-        following = automaton.continuations(state)
-        total = sum(count for count, _, _ in following)
-        for count, token, to in following[:width]:
-            if share * count / total >= min_share:
-                heapq.heappush(queue, (-share * count / total, found, level, parent, token, to))
+        law = automaton.law(state, matched, min_match)
+        best = heapq.nlargest(width, law.items(), key=itemgetter(1)) if len(law) > width else law.items()
+        for token, probability in best:
+            if share * probability >= min_share:
+                heapq.heappush(queue, (-share * probability, found, level, parent, token, state, matched))
                 found += 1
 
-    discover(start, 1.0, 1, 0)
+    if depth:
+        discover(*automaton.match(), 1.0, 1, 0)
     while queue and len(drafts) < budget:
-        negative, _, level, parent, token, state = heapq.heappop(queue)
+        negative, _, level, parent, token, state, matched = heapq.heappop(queue)
         drafts.append((parent, token))
         if level < depth:
-            discover(state, -negative, level + 1, len(drafts))
+            discover(*automaton.follow(state, matched, token), -negative, level + 1, len(drafts))
     return drafts
 
 

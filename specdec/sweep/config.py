@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from specdec.models.report import did_you_mean
-from specdec.registry import DEFAULT_DRAFTER, DEFAULT_MODEL
+from specdec.registry import DEFAULT_CHAIN, DEFAULT_MODEL
 from specdec.sweep.flags import from_environment
 
 DTypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
@@ -71,7 +71,7 @@ class Config(Strict):
     name: str = "sweep"
 
     model: Texts = (DEFAULT_MODEL,)
-    drafter: Texts = (DEFAULT_DRAFTER,)
+    drafter: Texts = (DEFAULT_CHAIN,)
     policy: Texts = ("auto",)
     controller: Texts = ("auto",)
     k: Depths = (None,)
@@ -107,6 +107,8 @@ class Config(Strict):
     force_py: bool = False
     deterministic: bool = False
     profile: bool = False
+    trace: bool = False
+    trace_limit: int = Field(default=10_000, ge=1)
     cuda_graph: bool = False
     parallel_streams: bool = True
     sync_mode: Literal["event", "barrier"] = "event"
