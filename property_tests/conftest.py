@@ -12,3 +12,6 @@ settings.register_profile("ci", max_examples=200, derandomize=True, **COMMON)
 settings.register_profile("thorough", max_examples=5000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 torch.set_num_threads(1)
+# Triton decides when a kernel is defined whether to interpret it; without a GPU that is the only way to run one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -65,7 +65,7 @@ def test_residual_without_renormalising_is_rejected(monkeypatch):
         # The weights are taken for probabilities: what is missing to one falls to the last token.
         return (weights.cumsum(-1) <= uniform[:, None]).sum(-1).clamp_max(weights.shape[1] - 1)
 
-    module = __import__("specdec.policies.lossless", fromlist=["sample"])
+    module = __import__("specdec_kernels.ops.verify", fromlist=["sample"])
     monkeypatch.setattr(module, "residual", lambda p, q: (p - q).clamp_min(0))
     monkeypatch.setattr(module, "sample", cut_short)
     assert error_of(*honest()) > VISIBLE

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specdec.arrays import iota
 from specdec.records import record
+from specdec_kernels.dispatch import resolve
 
 
 class StaleCacheError(RuntimeError):
@@ -32,13 +33,18 @@ class CacheFullError(ValueError):
 
 
 class SlotStore:
-    """Device memory behind cache handles; `slots` are tensors `[g b c h d]`, `generation` counts the writes."""
+    """Device memory behind cache handles; `slots` are tensors `[g b c h d]`, `generation` counts the writes.
 
-    __slots__ = ("generation", "slots")
+    `static`: the host may not ask how full it is, because what runs over it is captured as a graph. Its capacity then
+    stands for every extent, and whoever captures answers for the room.
+    """
 
-    def __init__(self, slots: tuple[Tensor, ...], generation: int = 0) -> None:
+    __slots__ = ("__weakref__", "generation", "slots", "static")
+
+    def __init__(self, slots: tuple[Tensor, ...], generation: int = 0, static: bool = False) -> None:
         self.slots = slots
         self.generation = generation
+        self.static = static
 
 
 @record
@@ -88,6 +94,9 @@ def window(cache: KVCache, n: int) -> tuple[Int[Tensor, "b n"], int]:
     Raises `StaleCacheError` for a consumed handle and `CacheFullError` when `n` slots do not fit.
     """
     check_fresh(cache)
+    slots = cache.length[:, None] + iota(n, cache.length.device)
+    if cache.store.static:
+        return slots, cache.capacity
     extent = cache.extent
     if extent + n > cache.capacity:
         extent = int(cache.length.max())
@@ -95,7 +104,7 @@ def window(cache: KVCache, n: int) -> tuple[Int[Tensor, "b n"], int]:
         raise CacheFullError(
             f"{n} more slots do not fit: {extent} of {cache.capacity} are used; make the state with a larger capacity"
         )
-    return cache.length[:, None] + iota(n, cache.length.device), extent + n
+    return slots, extent + n
 
 
 def advance(cache: KVCache, n: int, extent: int) -> KVCache:
@@ -131,15 +140,8 @@ def keep(
     check_fresh(cache)
     cache.store.generation += 1
     if nodes is not None and nodes.shape[1]:
-        index = iota(nodes.shape[1], nodes.device)
-        live = index < count[:, None]
-        # A node that is not kept is written onto itself, so every row moves the same number of slots.
-        source = base[:, None] + torch.where(live, nodes, index)
-        target = base[:, None] + index
-        rows = torch.arange(nodes.shape[0], device=nodes.device)[:, None]
-        for buffer in cache.store.slots:
-            # The gather copies before the scatter writes, so overlapping source and target are safe.
-            buffer[:, rows, target] = buffer[:, rows, source]
+        slots = cache.store.slots
+        resolve("kv_keep", slots[0].device, slots[0].dtype)(slots, base, nodes, count)
     length = base + count
     return KVCache(cache.store, length, cache.store.generation, _extent(length, cache.extent))
 
@@ -156,7 +158,7 @@ def borrow(cache: KVCache) -> KVCache:
     because what it can read is never written; what the borrower wrote is lost at the lender's next append.
     """
     check_fresh(cache)
-    return KVCache(SlotStore(cache.store.slots), cache.length, 0, cache.extent)
+    return KVCache(SlotStore(cache.store.slots, static=cache.store.static), cache.length, 0, cache.extent)
 
 
 def _extent(length: Int[Tensor, " b"], bound: int) -> int:

@@ -1,7 +1,7 @@
 """Counter-based randomness: a draw is a pure function of the row's seed and of what it is for.
 
-Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"). The key is the row's 64-bit
-seed; the four counter words are (lane, node, round, purpose), as fields and not a hash, so no two streams collide.
+The generator is `specdec_kernels.ops.philox`. The key is the row's 64-bit seed; the four counter words are (lane, node,
+round, purpose), as fields and not a hash, so no two streams collide.
 Draws are numbered by round, not by position: block verification looks ahead, and reusing a position's uniforms in
 the next round would bias it. Only Gumbel coupling wants noise by position, and has a purpose of its own.
 """
@@ -13,10 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdec.records import record
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+from specdec_kernels.dispatch import resolve
+from specdec_kernels.ops.philox import COUPLED
 
 
 class Purpose(IntEnum):
@@ -25,7 +23,7 @@ class Purpose(IntEnum):
     DRAFT = 1
     ACCEPT = 2
     TOKEN = 3
-    COUPLED = 4
+    COUPLED = COUPLED
 
 
 @record
@@ -51,11 +49,8 @@ class Key:
 
     def gumbels(self, position: Int[Tensor, "b n"], vocab_size: int) -> Float[Tensor, "b n v"]:
         """Standard Gumbel noise for each token at absolute positions: the same for every drafter, k and batch."""
-        lane = torch.arange((vocab_size + 3) // 4, device=self.seed.device)[None, None, :]
-        zero = torch.zeros_like(lane)
-        words = philox((lane, zero, position[:, :, None], zero + int(Purpose.COUPLED)), self.seed)
-        unit = (torch.stack(words, dim=-1).flatten(2)[..., :vocab_size].to(_float(self.seed)) + 0.5) / 2**32
-        return -torch.log(-torch.log(unit))
+        noise: Tensor = resolve("gumbel", self.seed.device, torch.int64)(self.seed, position, vocab_size)
+        return noise
 
 
 def seeded(seed: int, rows: int, device: torch.device | str = "cpu") -> Key:
@@ -67,20 +62,8 @@ def seeded(seed: int, rows: int, device: torch.device | str = "cpu") -> Key:
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Int[Tensor, " b"]) -> tuple[Tensor, ...]:
     """Philox4x32-10 over broadcast int64 counters with rows first; returns four tensors of 32-bit words."""
-    c0, c1, c2, c3 = counter
-    rows = (-1,) + (1,) * (max(word.dim() for word in counter) - 1)
-    k0, k1 = (seed & _MASK).view(rows), ((seed >> 32) & _MASK).view(rows)
-    for _ in range(10):
-        # The product of two 32-bit words wraps in int64, which leaves all 64 bits right; the mask undoes the sign.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, high1 = (product0 >> 32) & _MASK, (product1 >> 32) & _MASK
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _MASK, high0 ^ c3 ^ k1, product0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def _float(seed: Tensor) -> torch.dtype:
-    return torch.float32 if seed.device.type == "mps" else torch.float64
+    words: tuple[Tensor, ...] = resolve("philox", seed.device, torch.int64)(counter, seed)
+    return words
 
 
 def _unit(words: tuple[Tensor, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""From logits to laws, and from laws to tokens.
+"""From logits to laws, and from laws to tokens, over `specdec_kernels.ops.law`.
 
 The transforms run in the order of Hugging Face's processors: repetition penalty, temperature, top-k, top-p, min-p.
 Target and draft go through the same transforms, which is what makes verification exact.
@@ -6,12 +6,17 @@ Target and draft go through the same transforms, which is what makes verificatio
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdec.records import register
+from specdec_kernels.dispatch import resolve
+from specdec_kernels.ops.law import residual, sample
+
+__all__ = ["Sampling", "penalize", "residual", "sample", "seen_tokens", "warp"]
 
 
 @register
@@ -45,54 +50,19 @@ class Sampling:
             if not fine:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
 
+    @property
+    def transforms(self) -> dict[str, Any]:
+        """What turns logits into a law once the penalty is applied: the options of `specdec_kernels.ops.law.warp`."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+
 
 def warp(logits: Float[Tensor, "*rows v"], sampling: Sampling) -> Float[Tensor, "*rows v"]:
     """The law after temperature, top-k, top-p and min-p, in float32 or wider.
 
     At temperature 0 it is one at the first largest logit. Ties at top-p's edge go to the lower token id.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-        mass = torch.softmax(ordered, dim=-1)
-        above = mass.cumsum(-1) - mass
-        dropped = above >= sampling.top_p
-        dropped[..., 0] = False
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
-    probs = torch.softmax(logits, dim=-1)
-    if sampling.min_p > 0:
-        probs = probs * (probs >= sampling.min_p * probs.amax(-1, keepdim=True))
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def sample(weights: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """Inverse-CDF draw from rows of non-negative weights, which need not sum to one.
-
-    Counts the tokens whose cumulative weight is at most `uniform * total` and stops at the last token of positive
-    weight. Accumulates in float64 where the device has it: with 10^5 tokens a float32 sum loses three digits.
-    """
-    wide = weights if weights.device.type == "mps" else weights.double()
-    cumulative = wide.cumsum(-1)
-    total = cumulative[:, -1:]
-    last = (cumulative < total).sum(-1)
-    return torch.minimum((cumulative <= uniform[:, None] * total).sum(-1), last)
-
-
-def residual(p: Float[Tensor, "b v"], q: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-    """norm((p - q)+), the law of the correction after a rejection (Leviathan et al., arXiv:2211.17192, Alg. 1).
-
-    Where no positive mass is left, a rejection has probability zero up to rounding, and `p` itself is returned.
-    """
-    rest = (p - q).clamp_min(0)
-    mass = rest.sum(-1, keepdim=True)
-    return torch.where(mass > 0, rest / mass.clamp_min(torch.finfo(rest.dtype).tiny), p)
+    law: Tensor = resolve("warp", logits.device, logits.dtype)(logits, **sampling.transforms)
+    return law
 
 
 def seen_tokens(tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], vocab_size: int) -> Bool[Tensor, "b v"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from specdec import arrays
 from specdec.arrays import iota
 from specdec.types import Proposal
+from specdec_kernels.ops import walk
 
 
 def chain_parents(rows: int, n: int, device: torch.device | str) -> Int[Tensor, "b n"]:
@@ -48,15 +49,8 @@ def root_only(root: Int[Tensor, " b"]) -> Proposal:
 
 
 def ancestors(parents: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]:
-    """`[b, i, j]`: node j is node i or one of its ancestors. Squaring the one-step relation: log2(n) products."""
-    n = parents.shape[1]
-    index = torch.arange(n, device=parents.device)
-    reach = ((parents[:, :, None] == index) | (index[:, None] == index)).float()
-    span = 1
-    while span < n - 1:
-        reach = (reach @ reach).clamp_max(1)
-        span *= 2
-    return reach > 0
+    """`[b, i, j]`: node j is node i or one of its ancestors."""
+    return walk.ancestors(parents)
 
 
 def depths(visible: Bool[Tensor, "b n n"]) -> Int[Tensor, "b n"]:
@@ -102,11 +96,7 @@ def tree_depth(proposal: Proposal) -> Int[Tensor, " b"]:
 
 def repeated_siblings(proposal: Proposal) -> Bool[Tensor, "b n"]:
     """Nodes that carry the token of an earlier valid sibling."""
-    tokens, parents = proposal.tokens, proposal.parents
-    n = tokens.shape[1]
-    same = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
-    earlier = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril(-1)
-    return (same & earlier & proposal.valid[:, None, :]).any(-1)
+    return walk.repeated_siblings(proposal.tokens, proposal.parents, proposal.valid)
 
 
 def path_tokens(proposal: Proposal, path: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:

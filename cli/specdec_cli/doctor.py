@@ -40,11 +40,10 @@ def _findings(options: Mapping[str, Any]) -> dict[str, Any]:
 
     from specdec.models.loading import choose_device, choose_dtype
     from specdec.models.store import list_models, store_root
-    from specdec_kernels.dispatch import OPERATIONS, choose
+    from specdec_kernels.dispatch import OPERATIONS
 
     device = choose_device(options["device"])
     dtype = choose_dtype(None if options["dtype"] == "auto" else options["dtype"], device) or torch.bfloat16
-    choices = {op: choose(op, device, dtype) for op in OPERATIONS}
     stored = list_models()
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -58,13 +57,21 @@ def _findings(options: Mapping[str, Any]) -> dict[str, Any]:
         "devices": ["cpu", *_accelerators()],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "implementations": {
-            op: {"use": choice.implementation, "because": choice.reason, "not": dict(choice.rejected)}
-            for op, choice in choices.items()
-        },
+        "implementations": {op: _implementation(op, device, dtype) for op in OPERATIONS},
         "store": str(store_root()),
         "models": {model.name: model.present for model in stored},
     }
+
+
+def _implementation(op: str, device: Any, dtype: Any) -> dict[str, Any]:
+    """What would run for `op`, and of every other implementation why not."""
+    from specdec_kernels.dispatch import OPERATIONS, choose
+
+    choice = choose(op, device, dtype)
+    names = [candidate.name for candidate in OPERATIONS[op]]
+    later = names[names.index(choice.implementation) + 1 :]
+    others = dict(choice.rejected) | dict.fromkeys(later, f"comes after {choice.implementation}")
+    return {"use": choice.implementation, "because": choice.reason, "not": others}
 
 
 def _profile(name: str, options: Mapping[str, Any], monitor: Any) -> dict[str, Any]:

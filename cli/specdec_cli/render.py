@@ -195,15 +195,25 @@ def print_findings(findings: Mapping[str, Any]) -> None:
     table.add_row("  instructions", " ".join(cpu["flags"]) or "unknown")
     table.add_row("devices", ", ".join(findings["devices"]))
     table.add_row("would use", f"{findings['device']}, {findings['dtype']}")
-    for op, choice in findings["implementations"].items():
-        table.add_row(f"  {op}", f"{choice['use']} ({choice['because']})")
     table.add_row("models in", findings["store"])
     for name, present in findings["models"].items():
         table.add_row(f"  {name}", "present" if present else f"not fetched (specdec models pull {name})")
     console = Console(highlight=False)
     console.print(table)
+    console.print()
+    console.print(_implementations(findings["implementations"]))
     if "profile" in findings:
         _print_profile(console, findings["profile"])
+
+
+def _implementations(found: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("operation", "runs", "and not"):
+        table.add_column(column)
+    for op, choice in found.items():
+        others = "\n".join(f"{name}: {problem}" for name, problem in choice["not"].items())
+        table.add_row(op, choice["use"], others or choice["because"])
+    return table
 
 
 def _print_profile(console: Console, profile: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """Linear layers over weights packed once: `y = x W^T + b`.
 
-`torch` is the definition. `onednn` hands oneDNN the weight in a blocked layout of its own choice instead of the
-checkpoint's rows, which matters for the few rows a verification has. All 120 products of a 135M Llama-shaped model
-(30 layers, hidden 576, inner 1536) plus its 49152-token head, float32, random weights, torch 2.13 with MKL, 2 threads
-on an AVX2 AMD EPYC that others used too, milliseconds, minimum of 25 runs:
+`torch` is the definition. `triton` is `ops.product_triton`, for a few rows on a GPU. `onednn` hands oneDNN the weight
+in a blocked layout of its own choice instead of the checkpoint's rows, which matters for the few rows of a
+verification. `cpu` is `cpu.packed`, where a row has the same bits in any company. All 120 products of a 135M
+Llama-shaped model (30 layers, hidden 576, inner 1536) plus its 49152-token head, float32, random weights, torch 2.13
+with MKL, 2 threads on an AVX2 AMD EPYC that others used too, milliseconds, minimum of 25 runs:
 
 =======  =====  ======  ======  ======  ======
 rows     1      2       4       8       16
@@ -75,4 +76,27 @@ def _pack_onednn(weight: Tensor, bias: Tensor | None) -> Linear:
     return linear
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {"onednn": _pack_onednn, "torch": _pack_torch}
+def _pack_cpu(weight: Tensor, bias: Tensor | None) -> Linear:
+    from specdec_kernels.cpu.packed import build_linear
+
+    return build_linear(weight, bias)
+
+
+def _pack_triton(weight: Tensor, bias: Tensor | None) -> Linear:
+    from specdec_kernels.ops.product_triton import MOST_ROWS, product
+
+    weight = weight.contiguous()
+
+    def linear(x: Tensor) -> Tensor:
+        few = x.numel() <= MOST_ROWS * weight.shape[1]
+        return product(x, weight, bias) if few else functional.linear(x, weight, bias)
+
+    return linear
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
+    "onednn": _pack_onednn,
+    "cpu": _pack_cpu,
+    "triton": _pack_triton,
+    "torch": _pack_torch,
+}

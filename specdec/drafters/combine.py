@@ -81,6 +81,7 @@ def _pair(name: str, first: Drafter, second: Drafter, propose: Any, *, chain: bo
         max_nodes=lambda depth: first.max_nodes(depth) + second.max_nodes(depth) - 1,
         features=first.features or second.features,
         vocab_size=next(iter(sizes), None),
+        shares_cache=first.shares_cache or second.shares_cache,
     )
 
 

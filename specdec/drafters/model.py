@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec import cache as kv
 from specdec import tree
+from specdec.arrays import iota
 from specdec.cache import KVCache
 from specdec.drafters.common import last_token, stateless, unchanged
 from specdec.records import record
@@ -60,12 +61,13 @@ def draft_model(
             drafter = state.drafter
             return tree.root_only(last_token(state)), _nothing_drafted(drafter.cache, state.length), 0
         # Usually one token, two when the whole draft was accepted: the last draft has never been the model's input.
-        pending = int((state.length - state.drafter.cache.length).max())
-        cache = kv.truncate(state.drafter.cache, state.length - pending)
-        if pending > 1:
-            index = (state.length - pending)[:, None] + torch.arange(pending - 1, device=state.length.device)
-            _, _, cache = model.forward(cache, state.tokens.gather(1, index), logits=False)
-        proposal, cache, forwards = _expand(model, cache, state, plan, sampling, mode, shape, replacement)
+        # Where the host may not ask, two: an earlier token's slot is then written again.
+        behind = state.length - state.drafter.cache.length
+        pending = 2 if state.drafter.cache.store.static else int(behind.max())
+        cache = kv.truncate(state.drafter.cache, (state.length - pending).clamp_min(0))
+        proposal, cache, forwards = _expand(
+            model, cache, state, plan, sampling, mode, shape, replacement, pending=pending
+        )
         written = forwards if not shape else sum(_level_sizes(shape[: plan.max_depth])[:-1])
         drafted = DraftState(
             cache,
@@ -74,7 +76,7 @@ def draft_model(
             proposal.valid[:, :written],
             state.length - 1,
         )
-        return proposal, drafted, forwards + (pending > 1)
+        return proposal, drafted, forwards
 
     def observe(state: DecodeState[Any, Any], info: StepInfo) -> DraftState:
         drafter: DraftState = state.drafter
@@ -93,6 +95,7 @@ def draft_model(
         chain=not shape,
         max_nodes=lambda depth: sum(_level_sizes(shape[:depth])) if shape else 1 + depth,
         vocab_size=model.vocab_size,
+        capturable=True,
     )
 
 
@@ -126,6 +129,8 @@ def early_exit(target: Model, layers: int, *, mode: Mode = "sample", branching: 
         chain=not shape,
         max_nodes=lambda depth: sum(_level_sizes(shape[:depth])) if shape else 1 + depth,
         vocab_size=target.vocab_size,
+        capturable=True,
+        shares_cache=True,
     )
 
 
@@ -138,11 +143,13 @@ def _expand(
     mode: Mode,
     shape: tuple[int, ...],
     replacement: bool,
+    pending: int = 1,
 ) -> tuple[Proposal, KVCache, int]:
     """Grow the tree level by level from the root, one forward of the draft model a level.
 
-    `cache` must end before the root. Nodes are numbered level by level, so a node's number, and with it its uniform,
-    does not depend on how deep the rest of the batch is drafted.
+    `cache` must end before the last `pending` committed tokens, of which the root is the last. Nodes are numbered
+    level by level, so a node's number, and with it its uniform, does not depend on how deep the rest of the batch is
+    drafted.
     """
     rows, device = state.tokens.shape[0], state.tokens.device
     widths = shape[: plan.max_depth] or (1,) * plan.max_depth
@@ -164,8 +171,12 @@ def _expand(
             visible = tree.ancestors(parents)[:, here]
             # Relative to the cache's end, which has moved on by all earlier nodes.
             depth = torch.full_like(tokens[:, here], level - begin)
-        logits, _, cache = model.forward(cache, tokens[:, here], depth, visible)
-        assert logits is not None
+        if level == 0 and pending > 1:
+            logits, cache = _catch_up(model, cache, state, pending)
+        else:
+            found, _, cache = model.forward(cache, tokens[:, here], depth, visible)
+            assert found is not None
+            logits = found
         if sampling.repetition_penalty != 1:
             logits = _penalized(logits, tokens, parents, here, state, sampling)
         children, exists, law = _children(
@@ -185,6 +196,21 @@ def _expand(
         probs = torch.cat([*laws, leaves], dim=1)
     sampled = valid & (parents >= 0) if mode == "sample" else torch.zeros_like(valid)
     return Proposal(tokens, parents, valid, sampled, probs, replacement, not shape), cache, len(widths)
+
+
+def _catch_up(
+    model: Model, cache: KVCache, state: DecodeState[Any, Any], pending: int
+) -> tuple[Float[Tensor, "b 1 v"], KVCache]:
+    """The last `pending` committed tokens in one forward: the logits after the root, and the cache that ends with it.
+
+    A row shorter than that is given from its beginning, with whatever stands behind its end.
+    """
+    begin = (state.length - pending).clamp_min(0)
+    tokens = state.tokens.gather(1, begin[:, None] + iota(pending, begin.device))
+    logits, _, cache = model.forward(cache, tokens)
+    assert logits is not None
+    last = (state.length - 1 - begin)[:, None, None].expand(-1, -1, logits.shape[2])
+    return logits.gather(1, last), kv.truncate(cache, state.length)
 
 
 def _children(

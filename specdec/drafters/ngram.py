@@ -7,9 +7,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdec import tree
+from specdec.arrays import iota
 from specdec.drafters.common import last_token, stateless, unchanged
 from specdec.sampling import Sampling
 from specdec.types import DecodeState, Drafter, Plan, Proposal
+from specdec_kernels.dispatch import resolve
 
 
 def ngram(*, max_ngram: int = 3, min_ngram: int = 1, matches: int = 1, window: int = 0) -> Drafter:
@@ -30,17 +32,12 @@ def ngram(*, max_ngram: int = 3, min_ngram: int = 1, matches: int = 1, window: i
         if plan.max_depth == 0:
             return tree.root_only(root), None, 0
         tokens, length = state.tokens, state.length
-        agree = _agreement(tokens, length, max_ngram)
-        index = torch.arange(tokens.shape[1], device=tokens.device)
-        if window:
-            agree = agree * (index >= (length - window)[:, None])
-        # Longest agreement first, then the latest place; both fit one integer.
-        score = torch.where(agree >= min_ngram, agree * tokens.shape[1] + index, -1)
-        best, ends = score.topk(min(matches, tokens.shape[1]), dim=1)
+        find = resolve("suffix_match", tokens.device, tokens.dtype)
+        ends, sizes = find(tokens, length, longest=max_ngram, shortest=min_ngram, matches=matches, window=window)
         proposal = None
-        for m in range(best.shape[1]):
+        for m in range(ends.shape[1]):
             drafts = _continuation(tokens, length, ends[:, m], plan.max_depth)
-            count = torch.where(best[:, m] >= 0, plan.depth, 0)
+            count = torch.where(sizes[:, m] > 0, plan.depth, 0)
             found = tree.chain(root, drafts, count)
             proposal = found if proposal is None else tree.merge(proposal, found)
         assert proposal is not None
@@ -56,23 +53,10 @@ def ngram(*, max_ngram: int = 3, min_ngram: int = 1, matches: int = 1, window: i
     )
 
 
-def _agreement(tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], longest: int) -> Int[Tensor, "b t"]:
-    """Over how many tokens the text up to place j agrees with the whole text's end; 0 at and past its last place."""
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    agree = (index < (length - 1)[:, None]).long()
-    total = torch.zeros_like(tokens)
-    for back in range(longest):
-        wanted = tokens.gather(1, (length - 1 - back).clamp_min(0)[:, None])
-        shifted = torch.nn.functional.pad(tokens, (back, 0), value=-1)[:, : tokens.shape[1]]
-        agree = agree * (shifted == wanted)
-        total = total + agree
-    return total
-
-
 def _continuation(
     tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], end: Int[Tensor, " b"], depth: int
 ) -> Int[Tensor, "b m"]:
     """`depth` tokens after place `end`, repeating with the period `length - 1 - end` where the text runs out."""
     period = (length - 1 - end).clamp_min(1)[:, None]
-    offset = torch.arange(depth, device=tokens.device) % period
+    offset = iota(depth, tokens.device) % period
     return tokens.gather(1, (end[:, None] + 1 + offset).clamp_max(tokens.shape[1] - 1))

@@ -14,4 +14,4 @@ def none() -> Drafter:
     def propose(state: DecodeState[Any, Any], plan: Plan, sampling: Sampling) -> tuple[Proposal, None, int]:
         return tree.root_only(last_token(state)), None, 0
 
-    return Drafter("none", stateless, propose, unchanged, chain=True, max_nodes=lambda depth: 1)
+    return Drafter("none", stateless, propose, unchanged, chain=True, max_nodes=lambda depth: 1, capturable=True)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specdec.models.report import ModelError
+from specdec_kernels.cpu.packed import block_format
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -75,7 +76,8 @@ class Ends(NamedTuple):
 
 
 class Reader:
-    """Takes tensors out of a checkpoint: by name, of the expected shape, cast and moved.
+    """Takes tensors out of a checkpoint: by name, of the expected shape, cast and moved. Rows of GGUF blocks (uint8)
+    stay what they are.
 
     A checkpoint of a bare backbone lacks the first part of every name (`model.`, `transformer.`), so a missing name
     is tried without it. Raises `ModelError` for a tensor that is missing or of another shape.
@@ -93,13 +95,15 @@ class Reader:
         if stored not in self._tensors:
             raise ModelError(f"the checkpoint has no tensor {name}, which its configuration implies; fetch it again")
         tensor = self._tensors[stored]
-        if tuple(tensor.shape) != shape:
+        blocks = tensor.dtype == torch.uint8
+        fits = blocks and len(shape) == 2 and len(tensor) == shape[0] and block_format(tensor.shape[1], shape[1])
+        if tuple(tensor.shape) != shape and not fits:
             raise ModelError(
                 f"{stored} has shape {list(tensor.shape)} where the configuration says {list(shape)}; "
                 "configuration and weights are not of the same model"
             )
         self._read.add(stored)
-        return tensor.detach().to(device=self._device, dtype=self._dtype)
+        return tensor if blocks else tensor.detach().to(device=self._device, dtype=self._dtype)
 
     def affine(self, name: str, *shape: int, bias: bool = True) -> Affine:
         """`name.weight` of this shape and, unless `bias` is false, `name.bias` of its first axis."""

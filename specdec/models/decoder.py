@@ -23,10 +23,13 @@ from specdec import cache as kv
 from specdec.cache import KVCache
 from specdec.models.checkpoint import Affine, Ends, LayerWeights, Reader, Spec
 from specdec.models.families import FAMILIES, supports
+from specdec.models.fused import choose_kernels, pack_fused
+from specdec.models.packing import pack_checkpoint
 from specdec.models.report import ModelError
 from specdec.models.window import additive_mask, open_window
 from specdec.types import Model
 from specdec_kernels import linear as linears
+from specdec_kernels.cpu.weights import PackedModel
 from specdec_kernels.dispatch import Choice, choose
 
 __all__ = ["build_decoder", "supports"]
@@ -79,11 +82,13 @@ def build_decoder(
     linear: str = "auto",
     stack: str = "auto",
     quantize: str | None = None,
+    kernels: Mapping[str, str] | None = None,
 ) -> Model:
     """The model of a checkpoint: `config` as transformers reads it, `tensors` as safetensors name them.
 
     `stack`, `linear`: the implementations of the whole forward and, where that is `torch`, of its linear layers
-    (`specdec_kernels.dispatch`); asking for a `linear` implies the latter. `quantize`: the format in which the CPU
+    (`specdec_kernels.dispatch`); asking for a `linear` implies the latter. `kernels`: implementations by operation of
+    the `triton` stack (`specdec.models.fused.OPERATIONS`). `quantize`: the format in which the CPU
     stack keeps the weights (`fp16`, `bf16`, `int8`, `int4`; arithmetic and cache stay float32). `Model.about` tells
     what runs and why. Logits are float32, or float64 in a float64 model. Token ids must be in the vocabulary even at
     nodes that are padding.
@@ -96,7 +101,6 @@ def build_decoder(
         raise ModelError(f"the decoder cannot run {name}: {reason}; use the Hugging Face adapter")
     family = FAMILIES[config.model_type]
     spec = family.describe(config)
-    reader = Reader(tensors, dtype, device)
     whole = _choose_stack(spec, device, dtype, "torch" if linear != "auto" and stack == "auto" else stack)
     if quantize is not None and whole.implementation != "cpu":
         raise ModelError(f"quantize {quantize!r} needs the CPU stack, which does not run here: {whole.reason}")
@@ -106,30 +110,54 @@ def build_decoder(
         "stack_reason": whole.reason,
     }
 
+    if whole.implementation == "cpu":
+        about["weights"] = quantize or "fp32"
+        packed = pack_checkpoint(config, tensors, about["weights"])
+        return _build_model(_run_stack(spec, packed), spec, spec.num_layers, dtype, device, name, about)
+    reader = Reader(tensors, dtype, device)
     with torch.no_grad():
         # Layer by layer, so that only one of them is in memory both as stored and as packed.
         layers = (family.layer(config, spec, reader, index) for index in range(spec.num_layers))
-        if whole.implementation == "cpu":
-            about["weights"] = quantize or "fp32"
-            run = _pack_stack(spec, layers, lambda: family.ends(config, spec, reader), about["weights"])
+        ends = partial(family.ends, config, spec, reader)
+        if whole.implementation == "triton":
+            chosen, names = choose_kernels(spec, dtype, device, kernels or {})
+            about |= names
+            angles = _padded_angles(spec, device)
+            assert angles is not None
+            run: _Run = pack_fused(spec, layers, ends, angles, chosen)
         else:
-            choice = choose("linear", device, dtype, linear)
+            choice = choose("linear", device, dtype, requested=linear)
             about |= {"linear": choice.implementation, "linear_reason": choice.reason}
-            run = _pack_layers(spec, layers, lambda: family.ends(config, spec, reader), choice.implementation, device)
+            run = _pack_layers(spec, layers, ends, choice.implementation, device)
         reader.refuse_unread(family.ignored)
     return _build_model(run, spec, spec.num_layers, dtype, device, name, about)
 
 
+def build_packed(config: Any, weights: PackedModel, *, name: str, format: str) -> Model:
+    """The model of packed weights, on the CPU stack; `format` is what `Model.about` calls them.
+
+    Raises `ModelError` where the CPU stack cannot run.
+    """
+    spec = FAMILIES[config.model_type].describe(config)
+    device, dtype = torch.device("cpu"), torch.float32
+    whole = _choose_stack(spec, device, dtype, "auto")
+    if whole.implementation != "cpu":
+        raise ModelError(f"{name} is packed for the CPU stack, which does not run here: {whole.reason}")
+    about = {"architecture": config.model_type, "stack": "cpu", "stack_reason": whole.reason, "weights": format}
+    return _build_model(_run_stack(spec, weights), spec, spec.num_layers, dtype, device, name, about)
+
+
 def _choose_stack(spec: Spec, device: torch.device, dtype: torch.dtype, requested: str) -> Choice:
-    """The implementation of the whole forward: the dispatch rule, and what the CPU stack says of the architecture."""
+    """The implementation of the whole forward: the dispatch rule, and what the faster ones need of an architecture."""
     from specdec_kernels.cpu.stack import refuse_spec
 
     problem = refuse_spec(spec)
     if problem is None or requested == "torch":
-        return choose("decoder_stack", device, dtype, requested)
-    if requested == "cpu":
-        raise ValueError(f"decoder_stack: cpu {problem}; use auto")
-    return Choice("torch", f"cpu {problem}", (("cpu", problem),))
+        return choose("decoder_stack", device, dtype, requested=requested)
+    if requested in ("cpu", "triton"):
+        raise ValueError(f"decoder_stack: {requested} {problem}; use auto")
+    fastest = "cpu" if device.type == "cpu" else "triton"
+    return Choice("torch", f"{fastest} {problem}", ((fastest, problem),))
 
 
 def _pack_layers(
@@ -173,12 +201,11 @@ def _pack_layers(
     return run
 
 
-def _pack_stack(spec: Spec, layers: Iterable[LayerWeights], ends: Callable[[], Ends], weights: str) -> _Run:
+def _run_stack(spec: Spec, weights: PackedModel) -> _Run:
     """The forward as one call of the CPU kernels; see `specdec_kernels.cpu.stack`."""
-    from specdec_kernels.cpu.stack import build_stack, stack_forward
+    from specdec_kernels.cpu.stack import assemble, stack_forward
 
-    last = ends()
-    stack = build_stack(spec, layers, last.final_norm.weight, last.embedding, last.head, weights)
+    stack = assemble(spec, weights)
 
     def run(
         cache: KVCache,

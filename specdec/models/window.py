@@ -25,7 +25,7 @@ def open_window(cache: KVCache, n: int, depth: Int[Tensor, "b n"] | None, max_le
     Raises `StaleCacheError` for a consumed handle and `CacheFullError` when the nodes do not fit.
     """
     slots, extent = kv.window(cache, n)
-    if slots.device.type == "cpu":
+    if slots.device.type == "cpu" and not cache.store.static:
         # The handle's bound is loose after rows were selected; reading a number back is free here.
         extent = max(cache.length.tolist()) + n
     positions = slots if depth is None else cache.length[:, None] + depth

@@ -1,11 +1,24 @@
 """Packed linear layers of the CPU kernels against their definition."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional
 
 from specdec_kernels.cpu import library
-from specdec_kernels.cpu.packed import FORMATS, GROUP, Arena, build_linear, linear, pack, reference, unpack
+from specdec_kernels.cpu.packed import (
+    FORMATS,
+    GROUP,
+    Arena,
+    adopt,
+    build_linear,
+    linear,
+    pack,
+    pack_blocks,
+    reference,
+    unpack,
+)
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=f"the CPU kernels: {library.available()}")
 SETS = library.load().instruction_sets if library.available() is None else ()
@@ -27,7 +40,8 @@ def test_every_format_equals_its_definition(format, out, into, instruction_set):
 
 
 @pytest.mark.parametrize(
-    ("format", "bound"), [("fp32", 0.0), ("fp16", 3e-4), ("bf16", 2e-3), ("int8", 1e-2), ("int4", 0.1)]
+    ("format", "bound"),
+    [("fp32", 0.0), ("fp16", 3e-4), ("bf16", 2e-3), ("int8", 1e-2), ("int8b", 6e-3), ("int4", 0.075)],
 )
 def test_a_format_loses_no_more_than_it_says(format, bound):
     weight = numbers(64, 512)
@@ -35,13 +49,71 @@ def test_a_format_loses_no_more_than_it_says(format, bound):
     assert loss <= bound
 
 
-@pytest.mark.parametrize("block", [2, 32, 64, 512])
-def test_blocks_of_int8_have_their_own_scales(block):
-    weight = numbers(40, 150) * torch.logspace(-3, 3, 150)
-    packed, x = pack(weight, None, "int8", block=block), numbers(5, 150)
-    torch.testing.assert_close(linear(packed, x), reference(packed, x), atol=1e-2, rtol=1e-5)
-    whole = unpack(pack(weight, None, "int8")) - weight
-    assert (unpack(packed) - weight)[:, :64].norm() < whole[:, :64].norm() or block == 512
+def q8_0(out, into, seed=3):
+    """Q8_0 blocks as a GGUF file has them, and their float32 values."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-127, 128, (out, into // GROUP, GROUP), generator=generator, dtype=torch.int8)
+    # The extreme that a quantizer always leaves.
+    values[:, :, 5] = 127
+    scales = (torch.rand(out, into // GROUP, 1, generator=generator) / 50 + 1e-4).half()
+    blocks = torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], -1).flatten(1)
+    return blocks, (values.float() * scales.float()).flatten(1)
+
+
+def q4_1(out, into, seed=4, *, symmetric=False):
+    """Q4_1 blocks and their float32 values; `symmetric` ones are Q4_0's: -8 to 7 times a scale of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 16, (out, into // GROUP, GROUP), generator=generator, dtype=torch.uint8)
+    values[:, :, 5] = 0
+    scales = (torch.rand(out, into // GROUP, 1, generator=generator) / 9 + 1e-4).half()
+    if symmetric:
+        scales, values = scales * (1 - 2 * (values[:, :, :1] % 2)), values.clamp(max=14)
+        minima = -8 * scales
+    else:
+        values[:, :, 6] = 15
+        minima = (-8 * scales.float() * (0.5 + torch.rand(scales.shape, generator=generator))).half()
+    nibbles = values[:, :, :16] | values[:, :, 16:] << 4
+    blocks = torch.cat([scales.view(torch.uint8), minima.view(torch.uint8), nibbles], -1).flatten(1)
+    return blocks, (values.float() * scales.float() + minima.float()).flatten(1)
+
+
+@pytest.mark.parametrize("make", [q8_0, q4_1, partial(q4_1, symmetric=True)])
+def test_blocks_of_a_gguf_file_are_repacked_without_loss_and_found_again_in_float32(make):
+    blocks, weight = make(50, 96)
+    packed = pack_blocks(blocks, 96, None)
+    assert torch.equal(unpack(packed), weight)
+    found = pack(weight, None, packed.format)
+    assert torch.equal(unpack(found), weight)
+    x = numbers(3, 96)
+    assert torch.equal(linear(found, x), linear(packed, x))
+
+
+def test_blocks_are_those_of_the_gguf_package():
+    gguf = pytest.importorskip("gguf")
+    weight = numbers(20, 64)
+    blocks = torch.from_numpy(gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0))
+    expected = torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q8_0))
+    assert torch.equal(unpack(pack_blocks(blocks, 64, None)), expected)
+    blocks, values = q4_1(20, 64)
+    expected = torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q4_1))
+    assert torch.equal(values, expected)
+
+
+def test_channels_that_matter_are_rounded_with_more_care():
+    weight = numbers(64, 256)
+    importance = torch.ones(256)
+    importance[::8] = 100.0
+    error = [
+        (unpack(pack(weight, None, "int4", importance=counted)) - weight)[:, ::8].norm()
+        for counted in (None, importance)
+    ]
+    assert error[1] < 0.8 * error[0]
+
+
+def test_int8b_has_a_scale_per_32_channels():
+    weight = numbers(40, 150) * torch.logspace(-1, 1, 150)
+    rows, groups = (unpack(pack(weight, None, name)) - weight for name in ("int8", "int8b"))
+    assert groups[:, :64].norm() < 0.5 * rows[:, :64].norm()
 
 
 def test_inputs_of_int8_are_rounded_to_16_bits_per_row():
@@ -102,8 +174,10 @@ def test_wrong_arguments_raise():
     packed = pack(torch.ones(4, GROUP), None)
     with pytest.raises(ValueError, match="not one of fp32"):
         pack(torch.ones(4, 3), None, "int2")
-    with pytest.raises(ValueError, match="blocks are for int8"):
-        pack(torch.ones(4, 3), None, "fp32", block=32)
+    with pytest.raises(ValueError, match="not Q8_0 or Q4_1 blocks"):
+        pack_blocks(torch.zeros(4, 33, dtype=torch.uint8), 32, None)
+    with pytest.raises(ValueError, match="takes"):
+        adopt("int8", 4, GROUP, torch.zeros(8, dtype=torch.uint8), None, None)
     with pytest.raises(ValueError, match="weights take 32"):
         linear(packed, torch.ones(2, 3))
     with pytest.raises(ValueError, match="float64"):

@@ -1,24 +1,206 @@
 """The dispatch rule as a table: what is asked for, where, and what comes out."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from specdec_kernels import dispatch, linear
-from specdec_kernels.dispatch import Choice, choose
+from specdec_kernels.dispatch import OPERATIONS, Choice, Implementation, choose, implementations, resolve
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 FORCED = {"SPECDEC_FORCE_PY": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+PRIORITY = ("cuda", "triton", "torch")
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """An operation with every kind of implementation, on a machine that has all they need."""
+    wide = dispatch.floats(torch.float32, torch.bfloat16)
+    rows = (
+        Implementation("cuda", wide, lambda: lambda: "cuda"),
+        Implementation("triton", lambda device, dtype, shape: "wants a row" if not shape else None, lambda: len),
+        Implementation("torch", dispatch.anywhere, lambda: sum),
+    )
+    monkeypatch.setattr(dispatch, "OPERATIONS", {"op": rows})
+    monkeypatch.setattr(dispatch, "_probe_triton", lambda interpreted: None)
+    for name in ("TRITON_INTERPRET", "SPECDEC_FORCE_PY"):
+        monkeypatch.delenv(name, raising=False)
+    resolve.cache_clear()
+    yield
+    resolve.cache_clear()
 
 
 def test_dispatch_lists_what_exists():
-    assert [name for name, _ in dispatch.OPERATIONS["linear"]] == list(linear.IMPLEMENTATIONS)
+    assert [candidate.name for candidate in OPERATIONS["linear"]] == list(linear.IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("operation", dispatch.OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_torch_definition_comes_last_and_runs_everywhere(operation):
-    name, refuse = dispatch.OPERATIONS[operation][-1]
-    assert name == "torch"
-    assert refuse(torch.device("meta"), torch.float16) is None
+    last = OPERATIONS[operation][-1]
+    assert last.name == "torch"
+    assert last.refuse(torch.device("meta"), torch.float16, ()) is None
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_on_devices_are_ordered_by_one_priority(operation):
+    names = [candidate.name for candidate in OPERATIONS[operation] if candidate.name in PRIORITY]
+    assert names == sorted(names, key=PRIORITY.index)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "decoder_stack"])
+def test_what_is_chosen_can_be_loaded(operation):
+    assert callable(resolve(operation, CPU, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "shape", "requested", "environ", "expected"),
+    [
+        (CUDA, torch.float32, (1,), "auto", {}, Choice("cuda", "fastest that runs here")),
+        (CUDA, torch.bfloat16, (), "auto", {}, Choice("cuda", "fastest that runs here")),
+        (
+            CUDA,
+            torch.float16,
+            (1,),
+            "auto",
+            {},
+            Choice(
+                "triton",
+                "cuda is built for float32, bfloat16, not for float16",
+                (("cuda", "is built for float32, bfloat16, not for float16"),),
+            ),
+        ),
+        (
+            CUDA,
+            torch.float16,
+            (),
+            "auto",
+            {},
+            Choice(
+                "torch",
+                "cuda is built for float32, bfloat16, not for float16; triton wants a row",
+                (("cuda", "is built for float32, bfloat16, not for float16"), ("triton", "wants a row")),
+            ),
+        ),
+        (CUDA, torch.float32, (1,), "triton", {}, Choice("triton", "asked for")),
+        (
+            CUDA,
+            torch.float32,
+            (1,),
+            "auto",
+            FORCED,
+            Choice(
+                "torch",
+                "SPECDEC_FORCE_PY=1",
+                (("cuda", "is ruled out by SPECDEC_FORCE_PY=1"), ("triton", "is ruled out by SPECDEC_FORCE_PY=1")),
+            ),
+        ),
+        (
+            CPU,
+            torch.float32,
+            (1,),
+            "auto",
+            {},
+            Choice(
+                "torch",
+                "cuda runs on NVIDIA GPUs, not on cpu; "
+                "triton runs on GPUs, not on the CPU; TRITON_INTERPRET=1 interprets it",
+                (
+                    ("cuda", "runs on NVIDIA GPUs, not on cpu"),
+                    ("triton", "runs on GPUs, not on the CPU; TRITON_INTERPRET=1 interprets it"),
+                ),
+            ),
+        ),
+        (
+            CPU,
+            torch.float32,
+            (1,),
+            "auto",
+            INTERPRETED,
+            Choice(
+                "torch",
+                "cuda runs on NVIDIA GPUs, not on cpu; "
+                "triton is interpreted with TRITON_INTERPRET=1, which runs only by name",
+                (
+                    ("cuda", "runs on NVIDIA GPUs, not on cpu"),
+                    ("triton", "is interpreted with TRITON_INTERPRET=1, which runs only by name"),
+                ),
+            ),
+        ),
+        (CPU, torch.float32, (1,), "triton", INTERPRETED, Choice("triton", "asked for")),
+        (CPU, torch.float32, (1,), "torch", {}, Choice("torch", "asked for")),
+        (
+            MPS,
+            torch.float32,
+            (1,),
+            "auto",
+            INTERPRETED,
+            Choice(
+                "torch",
+                "cuda runs on NVIDIA GPUs, not on mps; triton runs on GPUs, not on mps",
+                (("cuda", "runs on NVIDIA GPUs, not on mps"), ("triton", "runs on GPUs, not on mps")),
+            ),
+        ),
+    ],
+)
+def test_choice_among_all_kinds(everything, device, dtype, shape, requested, environ, expected):
+    assert choose("op", device, dtype, shape, requested, environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "requested", "environ", "reason"),
+    [
+        (CPU, "cuda", {}, "op: cuda runs on NVIDIA GPUs, not on cpu; use auto"),
+        (CPU, "triton", {}, "op: triton runs on GPUs, not on the CPU; TRITON_INTERPRET=1 interprets it; use auto"),
+        (CUDA, "cuda", FORCED, "op: cuda is ruled out by SPECDEC_FORCE_PY=1; use auto"),
+        (MPS, "triton", INTERPRETED, "op: triton runs on GPUs, not on mps; use auto"),
+    ],
+)
+def test_a_name_that_cannot_run_raises_where_auto_falls_back(everything, device, requested, environ, reason):
+    with pytest.raises(ValueError, match=reason):
+        choose("op", device, torch.float32, (1,), requested, environ)
+    assert choose("op", device, torch.float32, (1,), "auto", environ).implementation == "torch"
+
+
+def test_every_implementation_is_listed_with_what_keeps_it_from_running(everything):
+    assert implementations("op", CPU, torch.float32, (1,), INTERPRETED) == {
+        "cuda": "runs on NVIDIA GPUs, not on cpu",
+        "triton": None,
+        "torch": None,
+    }
+
+
+def test_resolve_returns_the_function_and_remembers_it(everything, monkeypatch):
+    assert resolve("op", CUDA, torch.float32)() == "cuda"
+    assert resolve("op", CUDA, torch.float16, (1,)) is len
+    assert resolve("op", CPU, torch.float32) is sum
+    monkeypatch.setenv("SPECDEC_FORCE_PY", "1")
+    assert resolve("op", CUDA, torch.float16, (1,)) is len
+    resolve.cache_clear()
+    assert resolve("op", CUDA, torch.float16, (1,)) is sum
+    with pytest.raises(ValueError, match="ruled out by SPECDEC_FORCE_PY=1"):
+        resolve("op", CUDA, torch.float32, (), "cuda")
+
+
+def test_the_rules_of_a_row_object_in_order():
+    both = dispatch.every(dispatch.floats(torch.float32), lambda device, dtype, shape: f"sees {len(shape)} axes")
+    assert both(CPU, torch.float16, (1, 2)) == "is built for float32, not for float16"
+    assert both(CPU, torch.float32, (1, 2)) == "sees 2 axes"
+    assert dispatch.every()(CPU, torch.float32, ()) is None
+
+
+def test_choosing_where_triton_does_not_run_imports_none_of_it():
+    code = (
+        "import sys, torch; from specdec_kernels.dispatch import OPERATIONS, choose\n"
+        "for op in OPERATIONS: choose(op, torch.device('mps'), torch.float16)\n"
+        "print([name for name in sys.modules if name == 'triton' or name.endswith('_triton')])"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "SPECDEC_FORCE_PY"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -28,39 +210,14 @@ def test_the_torch_definition_comes_last_and_runs_everywhere(operation):
         (CPU, torch.float32, "torch", {}, Choice("torch", "asked for")),
         (CPU, torch.float32, "onednn", {}, Choice("onednn", "asked for")),
         (CPU, torch.float32, "auto", {"SPECDEC_FORCE_PY": "0"}, Choice("onednn", "fastest that runs here")),
-        (
-            CPU,
-            torch.float32,
-            "auto",
-            FORCED,
-            Choice("torch", "SPECDEC_FORCE_PY=1", (("onednn", "is ruled out by SPECDEC_FORCE_PY=1"),)),
-        ),
         (CPU, torch.float32, "torch", FORCED, Choice("torch", "asked for")),
-        (
-            CPU,
-            torch.float64,
-            "auto",
-            {},
-            Choice(
-                "torch",
-                "onednn is built for float32, not for float64",
-                (("onednn", "is built for float32, not for float64"),),
-            ),
-        ),
-        (
-            CUDA,
-            torch.float32,
-            "auto",
-            {},
-            Choice("torch", "onednn runs on the CPU, not on cuda", (("onednn", "runs on the CPU, not on cuda"),)),
-        ),
         (CUDA, torch.bfloat16, "torch", {}, Choice("torch", "asked for")),
     ],
 )
 def test_choice_of_linear(device, dtype, requested, environ, expected):
     if expected.implementation == "onednn" and linear.refuse_onednn(device, dtype):
         pytest.skip("this torch has no oneDNN linear")
-    assert choose("linear", device, dtype, requested, environ) == expected
+    assert choose("linear", device, dtype, (), requested, environ) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,14 +230,14 @@ def test_choice_of_linear(device, dtype, requested, environ, expected):
 )
 def test_a_named_choice_that_cannot_run_raises_with_the_reason(device, dtype, environ, reason):
     with pytest.raises(ValueError, match=reason):
-        choose("linear", device, dtype, "onednn", environ)
+        choose("linear", device, dtype, (), "onednn", environ)
 
 
 def test_unknown_names_raise():
-    with pytest.raises(ValueError, match="no implementation 'triton'; use auto, onednn, torch"):
-        choose("linear", CPU, torch.float32, "triton", {})
-    with pytest.raises(ValueError, match="unknown operation 'conv'; known: decoder_stack, linear"):
-        choose("conv", CPU, torch.float32, "auto", {})
+    with pytest.raises(ValueError, match=r"no implementation .conv.; use auto, onednn, .*torch"):
+        choose("linear", CPU, torch.float32, (), "conv", {})
+    with pytest.raises(ValueError, match="unknown operation 'conv'; known: decoder_stack, linear, "):
+        choose("conv", CPU, torch.float32)
 
 
 def test_the_environment_is_read_when_the_choice_is_made(monkeypatch):

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
+from specdec_kernels.cpu import library
 from specdec_kernels.linear import IMPLEMENTATIONS, pack, refuse_onednn
 
 NEEDS = pytest.mark.skipif(
     refuse_onednn(torch.device("cpu"), torch.float32) is not None, reason="this torch has no oneDNN linear"
 )
-NAMES = [pytest.param(name, marks=NEEDS if name == "onednn" else ()) for name in IMPLEMENTATIONS]
+BUILT = pytest.mark.skipif(library.available() is not None, reason=f"the CPU kernels: {library.available()}")
+MARKS = {"onednn": NEEDS, "cpu": BUILT}
+# Triton's runs on GPUs.
+NAMES = [pytest.param(name, marks=MARKS.get(name, ())) for name in IMPLEMENTATIONS if name != "triton"]
 
 
 @pytest.mark.parametrize("implementation", NAMES)
@@ -50,5 +56,14 @@ def test_the_definition_takes_every_floating_type(dtype):
 
 
 def test_an_unknown_implementation_raises():
-    with pytest.raises(ValueError, match="no implementation 'triton'"):
-        pack(torch.ones(4, 3), None, "triton")
+    with pytest.raises(ValueError, match="no implementation 'conv'"):
+        pack(torch.ones(4, 3), None, "conv")
+
+
+@BUILT
+@given(rows=st.integers(2, 40), seed=st.integers(0, 2**20))
+def test_rows_of_the_cpu_kernels_do_not_depend_on_each_other(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = pack(torch.randn(33, 24, generator=generator), torch.randn(33, generator=generator), "cpu")
+    x = torch.randn(rows, 24, generator=generator)
+    assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))

@@ -1,11 +1,16 @@
 """Random models of every architecture the decoder knows, small enough for plain forwards in milliseconds."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+
+# Triton decides when a kernel is defined whether to interpret it; without a GPU that is the only way to run one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 VOCAB = 61
 _SIZES = {

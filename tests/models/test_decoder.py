@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from specdec import cache as kv
+from specdec import tree
 from specdec.models.decoder import build_decoder, supports
 from specdec.models.families import FAMILIES
+from specdec.models.fused import OPERATIONS
+from specdec_kernels.dispatch import implementations
 
 CPU = torch.device("cpu")
 TEXT = torch.tensor([[7, 3, 55, 21, 9, 40, 12], [30, 2, 2, 8, 60, 17, 5]])
@@ -218,3 +221,90 @@ def test_sliding_windows_that_nothing_slides_through_are_supported(kind, changes
     from transformers import AutoConfig
 
     assert supports(AutoConfig.for_model(kind, **changes)) is None
+
+
+# What `specdec.models.fused` runs: the fused forward takes these, and refuses the others.
+FUSED = ("llama", "llama-llama3-rope", "llama-linear-rope", "smollm2", "mistral", "qwen2", "qwen3")
+PARENTS = torch.tensor([[-1, 0, 0, 1, 1, 2, 3]])
+
+
+def fused(module, dtype, *names, **changes):
+    """The fused forward where it runs by name only, its operations by those of `names` or else by torch."""
+    kernels = dict.fromkeys(names, "triton")
+    return decoder(module, dtype=dtype, stack="triton", kernels={**kernels, **changes})
+
+
+@pytest.mark.parametrize("compute", ["torch", "triton"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_fused_forward_is_the_model(make_tiny, kind, compute):
+    interpreted(compute)
+    module = make_tiny(kind)
+    names = ("tree_attention", "rope_write", "rms_norm_residual", "silu_mul") if compute == "triton" else ()
+    model = fused(module, torch.float32, *names)
+    assert model.about["stack"] == "triton"
+    assert model.about["tree_attention"] == compute
+    with torch.no_grad():
+        expected = module(TEXT).logits
+    cache, pieces = model.init_cache(2, 24), []
+    for piece in TEXT.split((1, 4, 2), 1):
+        logits, _, cache = model.forward(cache, piece)
+        pieces.append(logits)
+    assert (torch.cat(pieces, 1) - expected).abs().max() < 1e-4
+    cache = kv.truncate(cache, torch.tensor([7, 3]))
+    definition = decoder(module, stack="torch", linear="torch")
+    _, _, same = definition.forward(definition.init_cache(2, 24), TEXT, logits=False)
+    visible = tree.ancestors(PARENTS.expand(2, -1))
+    options = (TEXT.flip(1), tree.depths(visible), visible)
+    scored, states, _ = model.forward(cache, *options, features=True)
+    expected, wanted, _ = definition.forward(kv.truncate(same, torch.tensor([7, 3])), *options, features=True)
+    assert (scored - expected).abs().max() < 1e-4
+    assert (states - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_fused_forward_of_a_few_rows_is_close_in_bfloat16(make_tiny, kind):
+    interpreted("triton")
+    module = make_tiny(kind)
+    model = fused(module, torch.bfloat16, *OPERATIONS)
+    logits, _, _ = model.forward(model.init_cache(2, 80), TEXT)
+    with torch.no_grad():
+        expected = module(TEXT).logits
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().mean() < 0.06 * expected.std()
+    # Past the rows of `product`, and past the nodes of a bit mask.
+    text = torch.arange(34).expand(2, -1) % 61
+    plain = decoder(module, dtype=torch.bfloat16, stack="torch", linear="torch")
+    for window in (None, torch.ones(2, 34, 34, dtype=torch.bool).tril()):
+        long, _, _ = model.forward(model.init_cache(2, 40), text, None, window)
+        short, _, _ = plain.forward(plain.init_cache(2, 40), text, None, window)
+        assert (long - short).abs().mean() < 0.06 * short.std()
+
+
+def test_a_tree_wider_than_bit_masks_goes_through_the_dense_mask(make_tiny):
+    interpreted("torch")
+    module = make_tiny("llama")
+    model, definition = fused(module, torch.float32), decoder(module, stack="torch", linear="torch")
+    n = 66
+    parents = torch.arange(n)[None].sub(1).div(2, rounding_mode="floor")
+    visible, text = tree.ancestors(parents), torch.arange(n)[None] % 61
+    for window in (None, visible):
+        depth = None if window is None else tree.depths(window)
+        logits, _, _ = model.forward(model.init_cache(1, n), text, depth, window)
+        expected, _, _ = definition.forward(definition.init_cache(1, n), text, depth, window)
+        assert (logits - expected).abs().max() < 1e-4
+
+
+def test_the_fused_forward_refuses_what_it_does_not_run(make_tiny):
+    with pytest.raises(ValueError, match="decoder_stack: triton runs pre-norm RMSNorm"):
+        decoder(make_tiny("gpt2"), stack="triton")
+    interpreted("torch")
+    with pytest.raises(ValueError, match="no operation 'attention'; it has product, tree_attention"):
+        fused(make_tiny("llama"), torch.float32, attention="torch")
+    with pytest.raises(ValueError, match="product: triton is built for float16 and bfloat16, not for float32"):
+        fused(make_tiny("llama"), torch.float32, "product")
+
+
+def interpreted(compute):
+    """Skip unless Triton can be had: its interpreter is chosen by the environment before its kernels are defined."""
+    if implementations("decoder_stack", CPU, torch.float32)["triton"] is not None:
+        pytest.skip(f"{compute}: needs triton and TRITON_INTERPRET=1, set before its kernels are imported")

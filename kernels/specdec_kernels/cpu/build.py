@@ -1,17 +1,13 @@
 """Compiles the C++ sources once per version, compiler and machine, into specdec's cache folder."""
 
-import hashlib
 import os
 import platform
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
-from platformdirs import user_cache_dir
+from specdec_kernels.compiling import BuildError, build_once, compiler_version, run, run_all
+
+__all__ = ["SOURCE", "BuildError", "library_path"]
 
 SOURCE = Path(__file__).parent / "source"
 
@@ -32,39 +28,15 @@ _COMMON = (
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 
-_TIMEOUT = 300.0
-
-
-class BuildError(RuntimeError):
-    """The kernels cannot be compiled here; the message is one line."""
-
 
 def library_path() -> Path:
-    """The shared library, compiled now if it is not there yet; raises `BuildError` with the reason if it cannot be.
-
-    Two processes that need it at once compile it once; a process killed while compiling leaves nothing behind that
-    looks complete.
-    """
+    """The shared library, compiled now if it is not there yet (see `compiling.build_once`); raises `BuildError` with
+    the reason if it cannot be."""
     if platform.system() == "Windows":
         raise BuildError("is not written for Windows")
     compiler = _compiler()
-    library = _folder() / f"kernels-{_key(compiler)}.so"
-    if library.exists():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(library.with_suffix(".lock")):
-            if not library.exists():
-                _compile(compiler, library)
-    except OSError as error:
-        raise BuildError(f"cannot be compiled into {library.parent} ({error.strerror or error})") from error
-    return library
-
-
-def _folder() -> Path:
-    home = os.environ.get("SPECDEC_HOME")
-    root = Path(home).expanduser().absolute() if home else Path(user_cache_dir("specdec", appauthor=False))
-    return root / "kernels"
+    key = (compiler_version(compiler), platform.machine(), repr(_COMMON), repr(_flags()))
+    return build_once("kernels", key, SOURCE.iterdir(), lambda folder: _compile(compiler, folder))
 
 
 def _compiler() -> str:
@@ -75,68 +47,17 @@ def _compiler() -> str:
     return found
 
 
-def _key(compiler: str) -> str:
-    digest = hashlib.sha256()
-    for part in (_version(compiler), platform.machine(), repr(_COMMON), repr(_flags())):
-        digest.update(part.encode() + b"\0")
-    for path in sorted(SOURCE.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:20]
-
-
-@cache
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"])
-
-
 def _flags() -> dict[str, tuple[str, ...]]:
     return _X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {}
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, folder: Path) -> Path:
     flags = _flags()
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
-        commands, objects = [], []
-        for source in sorted(SOURCE.glob("*.cpp")):
-            objects.append(str(Path(folder) / f"{source.stem}.o"))
-            commands.append([compiler, *_COMMON, *flags.get(source.name, ()), "-c", str(source), "-o", objects[-1]])
-        _run_all(commands)
-        built = Path(folder) / library.name
-        _run([compiler, *_COMMON, "-shared", *objects, "-o", str(built)])
-        os.replace(built, library)
-
-
-def _run_all(commands: Sequence[Sequence[str]]) -> None:
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
-    ]
-    try:
-        for process in started:
-            output = process.communicate(timeout=_TIMEOUT)[0]
-            if process.returncode:
-                raise BuildError(_summary(commands[0][0], output))
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"took longer than {_TIMEOUT:.0f} seconds to compile") from error
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-
-
-def _run(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"cannot run {command[0]} ({error})") from error
-    if done.returncode:
-        raise BuildError(_summary(command[0], done.stdout))
-    return done.stdout
-
-
-def _summary(compiler: str, output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    line = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-    return f"does not compile with {compiler} ({line[:200]})"
+    commands, objects = [], []
+    for source in sorted(SOURCE.glob("*.cpp")):
+        objects.append(str(folder / f"{source.stem}.o"))
+        commands.append([compiler, *_COMMON, *flags.get(source.name, ()), "-c", str(source), "-o", objects[-1]])
+    run_all(commands)
+    library = folder / "kernels.so"
+    run([compiler, *_COMMON, "-shared", *objects, "-o", str(library)])
+    return library

@@ -19,7 +19,6 @@ INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 class Matrix(ctypes.Structure):
     _fields_ = (
         ("format", c_int32),
-        ("block", c_int32),
         ("out", c_int64),
         ("in_", c_int64),
         ("columns", c_int64),

@@ -9,10 +9,12 @@ format  bytes per weight  arithmetic
 fp32    4                 float32
 fp16    2                 float32, weights rounded to float16
 bf16    2                 float32, weights rounded to bfloat16
-int8    1                 integers: weights up to 127 times a scale per output channel (or per `block` of input
-                          channels), inputs up to 32767 times a scale per row
-int4    0.56              integers: weights -8 to 7 times a float16 scale per 32 input channels, inputs up to 127
-                          times a scale per row and 32 channels
+int8    1                 integers: weights up to 127 times a scale per output channel, inputs up to 32767 times a
+                          scale per row
+int8b   1.06              the same with a float16 scale per output and 32 input channels: GGUF's Q8_0, bit for bit
+int4    0.63              integers: weights 0 to 15 times a float16 scale plus a float16 minimum per output and 32
+                          input channels, GGUF's Q4_1 and Q4_0 bit for bit; inputs up to 127 times a scale per row
+                          and 32 channels
 ======  ================  =====================================================================================
 
 Inputs of int8 are 16 bits wide because that costs nothing: without an instruction for sums of int8 products, the
@@ -27,6 +29,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -35,11 +38,15 @@ from torch.nn import functional
 
 from specdec_kernels.cpu import library
 
-FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
+FORMATS = ("fp32", "fp16", "bf16", "int8", "int8b", "int4")
 PANEL = 16
 GROUP = 32
-# A sum of 512 products of 127 and 32767 is the longest that fits into an int32.
-MAX_BLOCK = 512
+# Bytes of 32 channels of a row in a GGUF file: Q8_0 and Q4_1.
+BLOCK_BYTES = {"int8b": 34, "int4": 20}
+_STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# How far the range of a group of int4 shrinks in the fit, in levels. Of normal weights, 0.077 of the norm is lost
+# without a fit, 0.074 with the first of these, 0.072 with all four, and no less with eight.
+_NARROWINGS = (0.0, 0.7, 1.5, 2.5)
 # Below this the kernels take an input for zero.
 _TINY = 1e-30
 
@@ -48,14 +55,12 @@ Allocate = Callable[[int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A linear layer's weights. `columns`: input channels padded to what the format needs. `block`: input channels
-    that share a scale. `data`, `scales`: bytes in the layout of the kernels. `matrix`: the same as a C structure."""
+    """A linear layer's weights. `data`, `scales`: bytes in the layout of the kernels. `matrix`: the same as a C
+    structure."""
 
     format: str
     out_features: int
     in_features: int
-    columns: int
-    block: int
     data: UInt8[Tensor, " bytes"]
     scales: UInt8[Tensor, " scale_bytes"] | None
     bias: Float[Tensor, " padded"] | None
@@ -101,121 +106,235 @@ def pack(
     bias: Float[Tensor, " out"] | None,
     format: str = "fp32",
     *,
-    block: int | None = None,
+    importance: Float[Tensor, " in"] | None = None,
     allocate: Allocate | None = None,
 ) -> Packed:
-    """`weight` in the layout of the kernels; `block` as in the table above, for int8 only (default: whole rows).
+    """`weight` in the layout of the kernels.
 
-    `allocate(bytes)` makes the memory; one `Arena` for all layers of a model is best.
+    `importance`: how much an error in the weights of each input channel counts where the format has a choice (int4),
+    such as the mean square of the channel's inputs. `allocate(bytes)` makes the memory; one `Arena` for all layers of
+    a model is best.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    if block is not None and (format != "int8" or block % 2 or not 2 <= block <= MAX_BLOCK):
-        raise ValueError(f"block {block} with format {format}: blocks are for int8, even, and at most {MAX_BLOCK}")
     out_features, in_features = weight.shape
-    allocate = allocate or Arena(4096)
-    rows = -out_features % PANEL
-    unit = {"int8": 2, "int4": GROUP}.get(format, 1)
-    padded = functional.pad(weight.detach().float(), (0, -in_features % unit, 0, rows))
-    columns, scales = padded.shape[1], None
-    size = {"int8": block or MAX_BLOCK, "int4": GROUP}.get(format, 0)
-    if format == "int8":
-        values, scales = _int8(padded, block)
-        data = values.view(-1, PANEL, columns // 2, 2).transpose(1, 2)
-    elif format == "int4":
-        values, scales = _int4(padded)
-        # [panels, 16, columns] to [panels, columns / 4, half, 8 * 4]: low nibbles are the first 8 outputs.
-        quads = values.view(-1, 2, PANEL // 2, columns // 4, 4).permute(0, 3, 1, 2, 4)
-        data = quads[:, :, 0] | quads[:, :, 1] << 4
+    columns = columns_of(format, in_features)
+    padded = functional.pad(weight.detach().float(), (0, columns - in_features, 0, -out_features % PANEL))
+    if format in _STORED:
+        data = padded.to(_STORED[format]).view(-1, PANEL, columns).transpose(1, 2)
+        return _keep(format, out_features, in_features, data, None, bias, allocate)
+    if format == "int4":
+        counted = None if importance is None else functional.pad(importance.float(), (0, columns - in_features))
+        values, scales = fit_int4(padded, counted)
     else:
-        stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[format]
-        data = padded.to(stored).view(-1, PANEL, columns).transpose(1, 2)
-    # [rows, blocks] to [panels, blocks, 16]
-    spread = None if scales is None else scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2)
-    return _finish(format, (out_features, in_features, columns, size), data, spread, bias, allocate)
+        values, scales = (
+            _int8(padded, columns, torch.float32) if format == "int8" else _int8(padded, GROUP, torch.float16)
+        )
+    data, spread = _interleave(format, values, scales)
+    return _keep(format, out_features, in_features, data, spread, bias, allocate)
 
 
-def _finish(
+def pack_blocks(
+    blocks: UInt8[Tensor, "out row_bytes"],
+    in_features: int,
+    bias: Float[Tensor, " out"] | None,
+    *,
+    allocate: Allocate | None = None,
+) -> Packed:
+    """Rows of a GGUF file's Q8_0 or Q4_1 blocks, which their length tells apart, in the layout of the kernels: int8b
+    and int4 without loss.
+
+    A block of 32 channels is a float16 scale, for Q4_1 a float16 minimum, and 32 int8, or 16 bytes whose low nibbles
+    are the first 16 channels.
+    """
+    format = block_format(blocks.shape[1], in_features)
+    if format is None:
+        raise ValueError(f"rows of {blocks.shape[1]} bytes are not Q8_0 or Q4_1 blocks of {in_features} channels")
+    padded = functional.pad(blocks, (0, 0, 0, -len(blocks) % PANEL)).view(-1, in_features // GROUP, BLOCK_BYTES[format])
+    if format == "int8b":
+        scales, values = padded[..., :2], padded[..., 2:].contiguous().view(torch.int8)
+    else:
+        scales, values = padded[..., :4], torch.cat([padded[..., 4:] & 15, padded[..., 4:] >> 4], -1)
+    data, spread = _interleave(format, values.flatten(1), scales.contiguous().view(torch.float16))
+    return _keep(format, len(blocks), in_features, data, spread, bias, allocate)
+
+
+def block_format(row_bytes: int, in_features: int) -> str | None:
+    """The format that holds GGUF rows of so many bytes, or `None`."""
+    found = (name for name, size in BLOCK_BYTES.items() if row_bytes * GROUP == in_features * size)
+    return next(found, None) if in_features % GROUP == 0 else None
+
+
+def columns_of(format: str, in_features: int) -> int:
+    """Input channels padded to what the format needs."""
+    unit = {"int8": 2, "int8b": GROUP, "int4": GROUP}.get(format, 1)
+    return -(-in_features // unit) * unit
+
+
+def sizes_of(format: str, out_features: int, in_features: int) -> tuple[int, int]:
+    """Bytes of `Packed.data` and of `Packed.scales`."""
+    rows, columns = -(-out_features // PANEL) * PANEL, columns_of(format, in_features)
+    groups = columns // GROUP
+    if format in _STORED:
+        return rows * columns * _STORED[format].itemsize, 0
+    scales = {"int8": 4 * rows, "int8b": 2 * rows * groups, "int4": 4 * rows * groups}[format]
+    return rows * columns // (2 if format == "int4" else 1), scales
+
+
+def adopt(
     format: str,
-    sizes: tuple[int, int, int, int],
+    out_features: int,
+    in_features: int,
+    data: UInt8[Tensor, " bytes"],
+    scales: UInt8[Tensor, " scale_bytes"] | None,
+    bias: Float[Tensor, " padded"] | None,
+) -> Packed:
+    """Weights that already lie as the kernels read them, in memory that begins at a multiple of 64 bytes; `bias` is
+    padded to whole panels.
+
+    Raises `ValueError` for an unknown format and for memory of another size than the format has.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    found = data.numel(), 0 if scales is None else scales.numel()
+    expected, padded = sizes_of(format, out_features, in_features), -(-out_features // PANEL) * PANEL
+    if found != expected or (bias is not None and bias.shape != (padded,)):
+        raise ValueError(f"a {format} matrix of {out_features} by {in_features} takes {expected} bytes, not {found}")
+    matrix = library.Matrix(
+        FORMATS.index(format),
+        out_features,
+        in_features,
+        columns_of(format, in_features),
+        library.pointer(data),
+        library.pointer(scales),
+        library.pointer(bias),
+    )
+    return Packed(format, out_features, in_features, data, scales, bias, matrix)
+
+
+def _keep(
+    format: str,
+    out_features: int,
+    in_features: int,
     data: Tensor,
     scales: Tensor | None,
     bias: Tensor | None,
-    allocate: Allocate,
+    allocate: Allocate | None,
 ) -> Packed:
+    allocate = allocate or Arena(4096)
+
     def stored(tensor: Tensor) -> Tensor:
         memory = allocate(tensor.numel() * tensor.element_size())
         memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         return memory
 
-    out_features, in_features, columns, block = sizes
-    kept = stored(data), None if scales is None else stored(scales)
     offset = None if bias is None else functional.pad(bias.detach().float(), (0, -out_features % PANEL))
-    matrix = library.Matrix(
-        FORMATS.index(format),
-        block,
-        out_features,
-        in_features,
-        columns,
-        library.pointer(kept[0]),
-        library.pointer(kept[1]),
-        library.pointer(offset),
-    )
-    return Packed(format, out_features, in_features, columns, block, *kept, offset, matrix)
+    kept = stored(data), None if scales is None else stored(scales)
+    return adopt(format, out_features, in_features, *kept, offset)
 
 
-def _blocks(rows: Tensor, block: int) -> Tensor:
-    return functional.pad(rows, (0, -rows.shape[1] % block)).view(len(rows), -1, block)
+def _interleave(format: str, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers `[out, columns]` and their scales `[out, groups]` or `[out, groups, 2]` in panels."""
+    columns = values.shape[1]
+    spread = scales.view(-1, PANEL, *scales.shape[1:]).movedim(1, -1)
+    if format != "int4":
+        return values.view(-1, PANEL, columns // 2, 2).transpose(1, 2), spread
+    # [panels, 16, columns] to [panels, columns / 4, half, 8 * 4]: low nibbles are the first 8 outputs.
+    quads = values.view(-1, 2, PANEL // 2, columns // 4, 4).permute(0, 3, 1, 2, 4)
+    return quads[:, :, 0] | quads[:, :, 1] << 4, spread
 
 
-def _int8(rows: Float[Tensor, "out in"], block: int | None) -> tuple[Tensor, Tensor]:
-    """Integers up to 127 and their scales `[out, blocks]`; whole rows repeat theirs in every block."""
-    size = block or MAX_BLOCK
-    scale = _blocks(rows, size).abs().amax(2) / 127.0
-    if block is None:
-        scale = scale.amax(1, keepdim=True).expand_as(scale)
-    safe = torch.where(scale > _TINY, scale, 1.0)
-    values = (_blocks(rows, size) / safe[:, :, None]).round().clamp(-127, 127)
-    return values.to(torch.int8).flatten(1)[:, : rows.shape[1]].contiguous(), torch.where(scale > _TINY, scale, 0.0)
+def _int8(rows: Float[Tensor, "out in"], size: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Integers up to 127 and their scales `[out, groups]` of `size` channels."""
+    groups = rows.view(len(rows), -1, size)
+    scale = groups.abs().amax(2) / 127.0
+    kept = scale.to(stored)
+    wide = kept.float()
+    safe = torch.where(wide > _TINY, wide, 1.0)
+    values = (groups / safe[:, :, None]).round().clamp(-127, 127)
+    return values.to(torch.int8).flatten(1), torch.where(wide > _TINY, kept, 0.0)
 
 
-def _int4(rows: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
-    """Integers 0 to 15, standing for -8 to 7, and float16 scales `[out, groups]`.
+def fit_int4(
+    rows: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None = None
+) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "out groups 2"]]:
+    """Integers 0 to 15 with the float16 scale and minimum of each group that have the least square error.
 
-    The value of largest magnitude becomes -8, so all 16 levels are used; then the scale is fitted to the levels by
-    least squares.
+    The first two candidates are the whole range of the group, and one with -8 at the value of largest magnitude:
+    weights that come from GGUF's Q4_1 or Q4_0 are found again exactly. Where neither is exact, narrower ranges follow,
+    each improved by least squares.
     """
-    groups = rows.view(len(rows), -1, GROUP)
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    levels = _levels(groups, extreme / -8.0)
-    power = levels.square().sum(2, keepdim=True)
-    fitted = (groups * levels).sum(2, keepdim=True) / power.clamp(min=1.0)
-    scale = fitted.half()
-    values = _levels(groups, scale.float()) + 8
-    return values.to(torch.uint8).flatten(1), scale[:, :, 0]
+    counted = torch.ones(rows.shape[1]) if importance is None else importance
+    # A few rows at a time, because every candidate takes several times their memory.
+    parts = [_fit_int4(part.reshape(len(part), -1, GROUP), counted.view(-1, GROUP)) for part in torch.split(rows, 1024)]
+    return torch.cat([values.flatten(1) for values, _ in parts]), torch.cat([affine for _, affine in parts])
 
 
-def _levels(groups: Tensor, scale: Tensor) -> Tensor:
-    return (groups / torch.where(scale.abs() > _TINY, scale, 1.0)).round().clamp(-8, 7)
+class _Fit(NamedTuple):
+    levels: Float[Tensor, "out groups 32"]
+    scale: Float[Tensor, "out groups 1"]
+    minimum: Float[Tensor, "out groups 1"]
+    error: Float[Tensor, "out groups 1"]
+
+
+def _fit_int4(groups: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    extreme = torch.where(-low >= high, low, high)
+    step = (extreme / -8.0).half().float()
+    best = _better(_try_int4(groups, (high - low) / 15.0, low, counted), _try_int4(groups, step, -8.0 * step, counted))
+    # What float32 rounds when it dequantizes is some 1e-7 of a weight, what four bits round is a hundredth or more.
+    if (best.error > 1e-9 * (groups.square() * counted).sum(2, keepdim=True)).any():
+        for narrowing in _NARROWINGS:
+            tried = _try_int4(groups, (high - low) / (15.0 + narrowing), low, counted)
+            best = _better(best, _try_int4(groups, *_least_squares(groups, tried, counted), counted))
+    return best.levels.to(torch.uint8), torch.cat([best.scale, best.minimum], 2).half()
+
+
+def _try_int4(groups: Tensor, scale: Tensor, minimum: Tensor, counted: Tensor) -> _Fit:
+    scale, minimum = scale.half().float(), minimum.half().float()
+    levels = ((groups - minimum) / torch.where(scale == 0, 1.0, scale)).round().clamp(0, 15)
+    error = ((levels * scale + minimum - groups).square() * counted).sum(2, keepdim=True)
+    return _Fit(levels, scale, minimum, error)
+
+
+def _better(one: _Fit, other: _Fit) -> _Fit:
+    chosen = other.error < one.error
+    return _Fit(*(torch.where(chosen, b, a) for a, b in zip(one, other, strict=True)))
+
+
+def _least_squares(groups: Tensor, fit: _Fit, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and minimum of least error for these levels."""
+    total = counted.sum(1, keepdim=True)
+    q, w = (fit.levels * counted).sum(2, keepdim=True), (groups * counted).sum(2, keepdim=True)
+    qq = (fit.levels.square() * counted).sum(2, keepdim=True)
+    qw = (fit.levels * groups * counted).sum(2, keepdim=True)
+    spread = total * qq - q * q
+    usable = spread > 1e-6 * total * qq
+    safe = torch.where(usable, spread, 1.0)
+    scale = torch.where(usable, (total * qw - q * w) / safe, fit.scale)
+    return scale, torch.where(usable, (qq * w - q * qw) / safe, fit.minimum)
 
 
 def unpack(packed: Packed) -> Float[Tensor, "out in"]:
     """The weights that `packed` stands for, in float32."""
-    columns, rows = packed.columns, -(-packed.out_features // PANEL) * PANEL
-    if packed.format in ("int8", "int4"):
-        assert packed.scales is not None
-        if packed.format == "int8":
-            values = packed.data.view(torch.int8).view(-1, columns // 2, PANEL, 2).transpose(1, 2)
-            scales = packed.scales.view(torch.float32)
-        else:
-            pairs = packed.data.view(-1, columns // 4, PANEL // 2, 4)
-            values = torch.stack([pairs & 15, pairs >> 4], 2).permute(0, 2, 3, 1, 4).to(torch.int8) - 8
-            scales = packed.scales.view(torch.float16).float()
-        scales = scales.view(len(values), -1, PANEL).transpose(1, 2).reshape(rows, -1)
-        weight = values.reshape(rows, columns).float() * scales.repeat_interleave(packed.block, 1)[:, :columns]
+    format, columns = packed.format, columns_of(packed.format, packed.in_features)
+    rows = -(-packed.out_features // PANEL) * PANEL
+    if format in _STORED:
+        weight = packed.data.view(_STORED[format]).view(-1, columns, PANEL).transpose(1, 2).reshape(rows, columns)
+        return weight[: packed.out_features, : packed.in_features].float()
+    assert packed.scales is not None
+    if format == "int4":
+        pairs = packed.data.view(-1, columns // 4, PANEL // 2, 4)
+        values = torch.stack([pairs & 15, pairs >> 4], 2).permute(0, 2, 3, 1, 4)
+        affine = packed.scales.view(torch.float16).float().view(len(values), -1, 2, PANEL)
+        scales, minima = (part.transpose(1, 2).reshape(rows, -1) for part in affine.unbind(2))
     else:
-        stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[packed.format]
-        weight = packed.data.view(stored).view(-1, columns, PANEL).transpose(1, 2).reshape(rows, columns).float()
+        values = packed.data.view(torch.int8).view(-1, columns // 2, PANEL, 2).transpose(1, 2)
+        stored = packed.scales.view(torch.float32 if format == "int8" else torch.float16).float()
+        scales = stored.view(len(values), -1, PANEL).transpose(1, 2).reshape(rows, -1)
+        minima = torch.zeros_like(scales)
+    groups = values.reshape(rows, scales.shape[1], -1).float()
+    weight = (groups * scales[:, :, None] + minima[:, :, None]).flatten(1)
     return weight[: packed.out_features, : packed.in_features]
 
 
@@ -245,11 +364,9 @@ def build_linear(
     weight: Float[Tensor, "out in"],
     bias: Float[Tensor, " out"] | None,
     format: str = "fp32",
-    *,
-    block: int | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """The function `[.. in] -> [.. out]` of one linear layer, as `specdec_kernels.linear.pack` makes them."""
-    return partial(linear, pack(weight, bias, format, block=block))
+    return partial(linear, pack(weight, bias, format))
 
 
 def _check_instruction_set(name: str, kernels: library.Library) -> None:
@@ -266,9 +383,9 @@ def reference(packed: Packed, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*r
 
 def rounded(packed: Packed, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
     """The inputs as a product over `packed` sees them, in float64."""
-    if packed.format not in ("int8", "int4"):
+    if packed.format in _STORED:
         return x.double()
-    top, size = (32767.0, x.shape[-1]) if packed.format == "int8" else (127.0, GROUP)
+    top, size = (127.0, GROUP) if packed.format == "int4" else (32767.0, x.shape[-1])
     padded = functional.pad(x, (0, -x.shape[-1] % size))
     groups = padded.view(*x.shape[:-1], -1, size)
     largest = groups.abs().amax(-1, keepdim=True)

@@ -10,82 +10,29 @@ call and however many threads run it. So one forward of n nodes equals n forward
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdec_kernels.cpu import library
-from specdec_kernels.cpu.packed import Arena, Packed, pack
-
-
-@runtime_checkable
-class Affine(Protocol):
-    """`weight` and `bias` of a linear layer or norm."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-
-
-@runtime_checkable
-class LayerWeights(Protocol):
-    """One layer: queries, keys and values stacked in `qkv`, gate and up in `up`; channels of query and key heads
-    ordered so that neighbours rotate together."""
-
-    @property
-    def attention_norm(self) -> Affine: ...
-    @property
-    def qkv(self) -> Affine: ...
-    @property
-    def head_norm(self) -> Tensor | None: ...
-    @property
-    def out(self) -> Affine: ...
-    @property
-    def feed_norm(self) -> Affine: ...
-    @property
-    def up(self) -> Affine: ...
-    @property
-    def down(self) -> Affine: ...
-
-
-@runtime_checkable
-class Spec(Protocol):
-    """What the stack must know of an architecture; `specdec.models.checkpoint.Spec` is one."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def inner(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def activation(self) -> str: ...
-    @property
-    def rms(self) -> bool: ...
-    @property
-    def gated(self) -> bool: ...
-    @property
-    def parallel(self) -> bool: ...
-    @property
-    def rotary(self) -> Tensor | None: ...
+from specdec_kernels.cpu.weights import (
+    Affine,
+    Importance,
+    LayerWeights,
+    PackedLayer,
+    PackedModel,
+    Spec,
+    misfit,
+    pack_model,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """A packed model. `structure` is what the kernels read; `kept` holds the memory it points to."""
+    """A packed model. `formats`: of the layers and of the head. `structure` is what the kernels read; `kept` holds
+    what it points to besides `weights`."""
 
     hidden: int
     vocab_size: int
@@ -94,6 +41,7 @@ class Stack:
     head_size: int
     formats: tuple[str, str]
     bytes: int
+    weights: PackedModel
     structure: library.Stack
     kept: tuple[Any, ...]
 
@@ -123,59 +71,39 @@ def build_stack(
     spec: Spec,
     layers: Iterable[LayerWeights],
     final_norm: Float[Tensor, " h"],
-    embedding: Float[Tensor, "v h"],
+    embedding: Tensor,
     head: Affine,
     format: str = "fp32",
     *,
     head_format: str | None = None,
-    block: int | None = None,
+    importance: Importance = lambda name: None,
 ) -> Stack:
-    """Pack a model; `layers` may be a generator, so that one layer at a time is in memory twice.
-
-    `head_format` defaults to `format`. Where `head.weight` is `embedding` (tied), tokens are looked up in the packed
-    head, as rounded as it is; else in a copy of `embedding` in float32, or in 16 bits when the formats are that narrow.
+    """Pack a model (`weights.pack_model`) and make it ready to run.
 
     Raises `ValueError` for an architecture that `refuse_spec` refuses.
+    """
+    packed = pack_model(
+        spec, layers, final_norm, embedding, head, format, head_format=head_format, importance=importance
+    )
+    return assemble(spec, packed)
+
+
+def assemble(spec: Spec, model: PackedModel) -> Stack:
+    """A packed model, ready to run; it keeps the memory of `model`.
+
+    Raises `ValueError` for an architecture that `refuse_spec` refuses and for weights that are not of this one.
     """
     reason = refuse_spec(spec)
     if reason is not None:
         raise ValueError(f"the CPU stack {reason}")
-    arena, head_format = Arena(), head_format or format
-    packed: list[Packed] = []
-    kept: list[Any] = []
-
-    def product(weight: Tensor, bias: Tensor | None, into: str = format) -> library.Matrix:
-        packed.append(pack(weight, bias, into, block=block if into == "int8" else None, allocate=arena))
-        return packed[-1].matrix
-
-    def vector(tensor: Tensor) -> int:
-        kept.append(tensor.detach().float().contiguous().clone())
-        return int(kept[-1].data_ptr())
-
-    def packed_layer(layer: LayerWeights) -> library.Layer:
-        gate, up = layer.up.weight.chunk(2)
-        biases = (None, None) if layer.up.bias is None else layer.up.bias.chunk(2)
-        return library.Layer(
-            vector(layer.attention_norm.weight),
-            vector(layer.feed_norm.weight),
-            None if layer.head_norm is None else vector(layer.head_norm),
-            product(layer.qkv.weight, layer.qkv.bias),
-            product(layer.out.weight, layer.out.bias),
-            product(gate, biases[0]),
-            product(up, biases[1]),
-            product(layer.down.weight, layer.down.bias),
-        )
-
-    made = [packed_layer(layer) for layer in layers]
-    if len(made) != spec.num_layers:
-        raise ValueError(f"{len(made)} layers were given, the configuration has {spec.num_layers}")
-    array = (library.Layer * len(made))(*made)
-    tied = head.weight is embedding
-    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(head_format, torch.float16)
-    table = None if tied else embedding.detach().to(stored).contiguous()
+    problem = misfit(spec, model)
+    if problem is not None:
+        raise ValueError(problem)
+    array = (library.Layer * spec.num_layers)(*(_structure(layer) for layer in model.layers))
     assert spec.rotary is not None
     angles = torch.zeros(spec.head_size // 2)
     angles[: len(spec.rotary)] = spec.rotary
+    table = model.embedding
     structure = library.Stack(
         spec.hidden,
         spec.inner,
@@ -184,26 +112,31 @@ def build_stack(
         spec.head_size,
         spec.vocab_size,
         spec.norm_eps,
-        len(made),
+        spec.num_layers,
         array,
-        vector(final_norm),
-        vector(angles),
+        library.pointer(model.final_norm),
+        library.pointer(angles),
         library.pointer(table),
-        {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[stored],
-        product(head.weight, head.bias, head_format),
+        {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[torch.float32 if table is None else table.dtype],
+        model.head.matrix,
     )
-    total = sum(part.bytes for part in packed) + (0 if table is None else table.nbytes)
     return Stack(
         spec.hidden,
         spec.vocab_size,
         spec.num_layers,
         spec.kv_heads,
         spec.head_size,
-        (format, head_format),
-        total,
+        (model.layers[0].down.format if model.layers else model.head.format, model.head.format),
+        model.bytes,
+        model,
         structure,
-        (array, table, tuple(packed), tuple(kept)),
+        (array, angles),
     )
+
+
+def _structure(layer: PackedLayer) -> library.Layer:
+    vectors = (library.pointer(vector) for vector in (layer.attention_norm, layer.feed_norm, layer.head_norm))
+    return library.Layer(*vectors, *(part.matrix for part in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)))
 
 
 def stack_forward(

@@ -19,7 +19,7 @@ constexpr int TILE_ROWS = 64;      // rows of outputs held between a product and
 // which also keeps their rounding errors small.
 constexpr int FLOAT_CHUNK = 128;
 constexpr int INT_CHUNK = 512;
-constexpr int GROUP = 32;          // channels that share a scale in int4, of weights and of inputs
+constexpr int GROUP = 32;          // channels that share a scale in int8b and int4
 constexpr int64_t AHEAD = 2048;    // bytes; the hardware's own prefetching ends at every page
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -30,11 +30,11 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Input {
     const float* x;
     int64_t x_stride;
-    int16_t* quantized;  // int8 weights
+    int16_t* quantized;  // int8 and int8b weights
     int8_t* groups;      // int4 weights
     int64_t stride;
-    float* scale;        // per row (int8) or per row and group (int4)
-    int32_t* sums;       // per row and group
+    float* scale;        // per row, or per row and group for int4
+    float* sums;         // per row and group: what the group's inputs, as quantized, add up to
     int64_t group_stride;
 };
 
@@ -91,7 +91,7 @@ inline void quantize_row_int16(const float* x, int64_t count, int16_t* q, float*
     quantize(x, count, usable ? 32767.0f / largest : 0.0f, [&](int64_t i, I v) { store_int16(q + i, v); });
 }
 
-inline void quantize_row_groups(const float* x, int64_t count, int8_t* q, float* scale, int32_t* sums) {
+inline void quantize_row_groups(const float* x, int64_t count, int8_t* q, float* scale, float* sums) {
     for (int64_t g = 0; g * GROUP < count; ++g) {
         const float* part = x + g * GROUP;
         const int64_t size = least(GROUP, count - g * GROUP);
@@ -105,19 +105,20 @@ inline void quantize_row_groups(const float* x, int64_t count, int8_t* q, float*
             total += wide[i];
             q[g * GROUP + i] = static_cast<int8_t>(wide[i]);
         }
-        sums[g] = total;
+        sums[g] = scale[g] * static_cast<float>(total);
     }
 }
 
 inline void prepare_row(const Matrix& m, const Input& in, int64_t row) {
     const float* x = in.x + row * in.x_stride;
-    if (m.format == INT8) quantize_row_int16(x, m.in, in.quantized + row * in.stride, in.scale + row * in.group_stride);
+    if (m.format == INT8 || m.format == INT8B)
+        quantize_row_int16(x, m.in, in.quantized + row * in.stride, in.scale + row * in.group_stride);
     if (m.format == INT4)
         quantize_row_groups(x, m.in, in.groups + row * in.stride, in.scale + row * in.group_stride,
                             in.sums + row * in.group_stride);
 }
 
-inline bool quantizes(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
+inline bool quantizes(const Matrix& m) { return m.format == INT8 || m.format == INT8B || m.format == INT4; }
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
@@ -156,9 +157,13 @@ inline void micro_float(const typename Weight::T* w, int64_t k, const float* x, 
         }
 }
 
+// The scales of int8 (per output) and int8b (per output and group).
+inline F load_scale(const float* p) { return load(p); }
+inline F load_scale(const uint16_t* p) { return load_fp16(p); }
+
 // tile [R, 16] += scale [16] * (q [R, 2 pairs] w [2 pairs, 16]); the sum in brackets is exact.
-template <int R>
-inline void micro_int8(const int8_t* w, int64_t pairs, const int16_t* q, int64_t stride, const float* scale,
+template <int R, class Scale>
+inline void micro_int8(const int8_t* w, int64_t pairs, const int16_t* q, int64_t stride, const Scale* scale,
                        float* tile) {
     I c[R][PARTS];
     for (int r = 0; r < R; ++r)
@@ -173,7 +178,7 @@ inline void micro_int8(const int8_t* w, int64_t pairs, const int16_t* q, int64_t
         }
     }
     for (int p = 0; p < PARTS; ++p) {
-        const F s = load(scale + p * W);
+        const F s = load_scale(scale + p * W);
         for (int r = 0; r < R; ++r) {
             float* t = tile + r * PANEL + p * W;
             store(t, fma(to_float(c[r][p]), s, load(t)));
@@ -181,10 +186,10 @@ inline void micro_int8(const int8_t* w, int64_t pairs, const int16_t* q, int64_t
     }
 }
 
-// One group of 32 channels; weights are 0 .. 15 and stand for -8 .. 7.
+// One group of 32 channels, whose weights are scale * (0 .. 15) + minimum; `affine [2, 16]`: scales, then minima.
 template <int R>
-inline void micro_int4(const uint8_t* w, const int8_t* q, int64_t stride, const uint16_t* weight_scale,
-                       const float* scale, const int32_t* sums, int64_t group_stride, float* tile) {
+inline void micro_int4(const uint8_t* w, const int8_t* q, int64_t stride, const uint16_t* affine, const float* scale,
+                       const float* sums, int64_t group_stride, float* tile) {
     N c[R][PARTS];
     for (int r = 0; r < R; ++r)
         for (int p = 0; p < PARTS; ++p) c[r][p] = nzero();
@@ -198,11 +203,11 @@ inline void micro_int4(const uint8_t* w, const int8_t* q, int64_t stride, const 
         }
     }
     for (int p = 0; p < PARTS; ++p) {
-        const F s = load_fp16(weight_scale + p * W);
+        const F s = load_fp16(affine + p * W), minimum = load_fp16(affine + PANEL + p * W);
         for (int r = 0; r < R; ++r) {
             float* t = tile + r * PANEL + p * W;
-            const I exact = isub(finish(c[r][p]), iset1(8 * sums[r * group_stride]));
-            store(t, fma(to_float(exact), mul(s, set1(scale[r * group_stride])), load(t)));
+            const F above = fma(to_float(finish(c[r][p])), mul(s, set1(scale[r * group_stride])), load(t));
+            store(t, fma(minimum, set1(sums[r * group_stride]), above));
         }
     }
 }
@@ -236,17 +241,19 @@ inline void panel_float(const Matrix& m, int64_t panel, const Input& in, int64_t
         });
 }
 
+template <class Scale>
 inline void panel_int8(const Matrix& m, int64_t panel, const Input& in, int64_t first, int64_t rows, float* tile) {
+    constexpr bool GROUPED = std::is_same<Scale, uint16_t>::value;
+    constexpr int64_t SIZE = GROUPED ? GROUP : INT_CHUNK;
+    const int64_t groups = GROUPED ? m.columns / GROUP : 1;
     const auto* w = static_cast<const int8_t*>(m.data) + panel * m.columns * PANEL;
-    const int64_t blocks = (m.columns + m.block - 1) / m.block;
-    const auto* scales = static_cast<const float*>(m.scales) + panel * blocks * PANEL;
-    const int64_t chunk = round_up(INT_CHUNK, m.block);
-    for (int64_t k = 0; k < m.columns; k += chunk)
+    const auto* scales = static_cast<const Scale*>(m.scales) + panel * groups * PANEL;
+    for (int64_t k = 0; k < m.columns; k += INT_CHUNK)
         in_blocks<MAX_ROWS_INT>(rows, [&](int64_t r, auto count) {
-            for (int64_t b = k; b < least(k + chunk, m.columns); b += m.block)
-                micro_int8<decltype(count)::value>(w + b * PANEL, least(m.block, m.columns - b) / 2,
+            for (int64_t b = k; b < least(k + INT_CHUNK, m.columns); b += SIZE)
+                micro_int8<decltype(count)::value>(w + b * PANEL, least(SIZE, m.columns - b) / 2,
                                                    in.quantized + (first + r) * in.stride + b, in.stride,
-                                                   scales + b / m.block * PANEL, tile + r * PANEL);
+                                                   scales + (GROUPED ? b / SIZE * PANEL : 0), tile + r * PANEL);
         });
     for (int64_t r = 0; r < rows; ++r) {
         const F s = set1(in.scale[(first + r) * in.group_stride]);
@@ -257,13 +264,13 @@ inline void panel_int8(const Matrix& m, int64_t panel, const Input& in, int64_t 
 inline void panel_int4(const Matrix& m, int64_t panel, const Input& in, int64_t first, int64_t rows, float* tile) {
     const auto* w = static_cast<const uint8_t*>(m.data) + panel * m.columns * PANEL / 2;
     const int64_t groups = m.columns / GROUP;
-    const auto* scales = static_cast<const uint16_t*>(m.scales) + panel * groups * PANEL;
+    const auto* scales = static_cast<const uint16_t*>(m.scales) + panel * groups * 2 * PANEL;
     for (int64_t g = 0; g < groups; g += INT_CHUNK / GROUP)
         in_blocks<MAX_ROWS_INT>(rows, [&](int64_t r, auto count) {
             for (int64_t i = g; i < least(g + INT_CHUNK / GROUP, groups); ++i)
                 micro_int4<decltype(count)::value>(
                     w + i * GROUP * PANEL / 2, in.groups + (first + r) * in.stride + i * GROUP, in.stride,
-                    scales + i * PANEL, in.scale + (first + r) * in.group_stride + i,
+                    scales + i * 2 * PANEL, in.scale + (first + r) * in.group_stride + i,
                     in.sums + (first + r) * in.group_stride + i, in.group_stride, tile + r * PANEL);
         });
 }
@@ -275,7 +282,8 @@ inline void panel_rows(const Matrix& m, int64_t panel, const Input& in, int64_t 
         case FP32: panel_float<Fp32>(m, panel, in, first, rows, tile); break;
         case FP16: panel_float<Fp16>(m, panel, in, first, rows, tile); break;
         case BF16: panel_float<Bf16>(m, panel, in, first, rows, tile); break;
-        case INT8: panel_int8(m, panel, in, first, rows, tile); break;
+        case INT8: panel_int8<float>(m, panel, in, first, rows, tile); break;
+        case INT8B: panel_int8<uint16_t>(m, panel, in, first, rows, tile); break;
         default: panel_int4(m, panel, in, first, rows, tile);
     }
     if (m.bias != nullptr)
@@ -341,7 +349,7 @@ inline Input take_input(Cutter& cutter, int64_t rows, int64_t columns) {
     in.quantized = cutter.take<int16_t>(rows * in.stride);
     in.groups = reinterpret_cast<int8_t*>(in.quantized);
     in.scale = cutter.take<float>(rows * in.group_stride);
-    in.sums = cutter.take<int32_t>(rows * in.group_stride);
+    in.sums = cutter.take<float>(rows * in.group_stride);
     return in;
 }
 
@@ -411,29 +419,32 @@ inline void rms_norm(const float* x, const float* weight, int64_t count, float e
     for (; i < count; ++i) y[i] = x[i] * scale * weight[i];
 }
 
-inline void unpack_row(const Matrix& m, int64_t row, float* y) {
-    const int64_t panel = row / PANEL, lane = row % PANEL, base = panel * m.columns * PANEL + lane;
-    const int64_t blocks = quantizes(m) ? (m.columns + m.block - 1) / m.block : 0;
-    for (int64_t k = 0; k < m.in; ++k) switch (m.format) {
-            case FP32: y[k] = static_cast<const float*>(m.data)[base + k * PANEL]; break;
-            case FP16: y[k] = half_to_float(static_cast<const uint16_t*>(m.data)[base + k * PANEL]); break;
-            case BF16: y[k] = bf16_to_float(static_cast<const uint16_t*>(m.data)[base + k * PANEL]); break;
-            case INT8: {
-                const int8_t q = static_cast<const int8_t*>(m.data)[(panel * m.columns + k / 2 * 2) * PANEL +
-                                                                    2 * lane + k % 2];
-                y[k] = static_cast<float>(q) *
-                       static_cast<const float*>(m.scales)[(panel * blocks + k / m.block) * PANEL + lane];
-                break;
-            }
-            default: {
-                const uint8_t byte = static_cast<const uint8_t*>(m.data)[panel * m.columns * PANEL / 2 +
-                                                                         k / 4 * 2 * PANEL + lane % 8 * 4 + k % 4];
-                const int q = (lane < 8 ? byte & 15 : byte >> 4) - 8;
-                y[k] = static_cast<float>(q) *
-                       half_to_float(static_cast<const uint16_t*>(m.scales)[(panel * blocks + k / m.block) * PANEL +
-                                                                            lane]);
-            }
+// The weight of an output and channel; `lane` is the output's place in its panel.
+inline float unpacked(const Matrix& m, int64_t panel, int64_t lane, int64_t k) {
+    const int64_t at = (panel * m.columns + k) * PANEL + lane, group = panel * (m.columns / GROUP) + k / GROUP;
+    const auto* halves = static_cast<const uint16_t*>(m.scales);
+    switch (m.format) {
+        case FP32: return static_cast<const float*>(m.data)[at];
+        case FP16: return half_to_float(static_cast<const uint16_t*>(m.data)[at]);
+        case BF16: return bf16_to_float(static_cast<const uint16_t*>(m.data)[at]);
+        case INT4: {
+            const uint8_t byte = static_cast<const uint8_t*>(m.data)[panel * m.columns * PANEL / 2 + k / 4 * 2 * PANEL +
+                                                                     lane % 8 * 4 + k % 4];
+            const uint16_t* affine = halves + group * 2 * PANEL + lane;
+            return static_cast<float>(lane < 8 ? byte & 15 : byte >> 4) * half_to_float(affine[0]) +
+                   half_to_float(affine[PANEL]);
         }
+        default: {
+            const int8_t q = static_cast<const int8_t*>(m.data)[(panel * m.columns + k / 2 * 2) * PANEL + 2 * lane +
+                                                                k % 2];
+            return static_cast<float>(q) * (m.format == INT8 ? static_cast<const float*>(m.scales)[panel * PANEL + lane]
+                                                             : half_to_float(halves[group * PANEL + lane]));
+        }
+    }
+}
+
+inline void unpack_row(const Matrix& m, int64_t row, float* y) {
+    for (int64_t k = 0; k < m.in; ++k) y[k] = unpacked(m, row / PANEL, row % PANEL, k);
 }
 
 inline void embed_row(const Stack& s, int64_t token, float* y) {

@@ -6,14 +6,13 @@ namespace specdec {
 
 constexpr int PANEL = 16;  // outputs whose weights are interleaved
 
-enum Format : int32_t { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
+enum Format : int32_t { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT8B = 4, INT4 = 5 };
 
 // A packed weight matrix of `out` rows and `in` columns; `columns` is `in` padded to what the format needs.
-// `block`: input channels that share a weight scale (int8, int4). `scales [panels, columns / block, 16]`: float32 for
-// int8, float16 for int4.
+// `scales`: float32 [panels, 16] for int8, float16 [panels, columns / 32, 16] for int8b, float16
+// [panels, columns / 32, 2, 16] for int4, scales before minima.
 struct Matrix {
     int32_t format;
-    int32_t block;
     int64_t out;
     int64_t in;
     int64_t columns;

@@ -74,8 +74,6 @@ inline F load_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline I izero() { return _mm256_setzero_si256(); }
-inline I iset1(int32_t a) { return _mm256_set1_epi32(a); }
-inline I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
 inline H load_pairs(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -159,8 +157,6 @@ inline F load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline I izero() { return _mm512_setzero_si512(); }
-inline I iset1(int32_t a) { return _mm512_set1_epi32(a); }
-inline I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline H load_pairs(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -231,8 +227,6 @@ inline float sum(F a) { return vaddvq_f32(a); }
 inline F load_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline I izero() { return vdupq_n_s32(0); }
-inline I iset1(int32_t a) { return vdupq_n_s32(a); }
-inline I isub(I a, I b) { return vsubq_s32(a, b); }
 inline H load_pairs(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
 inline H broadcast_pair(const int16_t* p) { return vreinterpretq_s16_s32(vdupq_n_s32(load_int32(p))); }
 inline I dot2(I c, H a, H b) {
@@ -323,8 +317,6 @@ inline F load_bf16(const uint16_t* p) {
     return r;
 }
 inline I izero() { SPECDEC_LANES(I, 0); }
-inline I iset1(int32_t a) { SPECDEC_LANES(I, a); }
-inline I isub(I a, I b) { SPECDEC_LANES(I, a.v[i] - b.v[i]); }
 inline H load_pairs(const int8_t* p) {
     H r;
     for (int i = 0; i < 2 * W; ++i) r.v[i] = p[i];

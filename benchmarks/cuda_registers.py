@@ -1,0 +1,35 @@
+"""Registers, spills and shared memory of every CUDA kernel, as its assembler reports them; needs nvcc and no GPU.
+
+python benchmarks/cuda_registers.py --out docs/results/cuda_registers.json
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from specdec_kernels.compiling import compiler_version
+from specdec_kernels.cuda.build import BuildError, compile_all, find_compiler
+
+
+@click.command()
+@click.option("--architecture", "architectures", multiple=True, default=("sm_80", "sm_90"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for the report.")
+def main(architectures: tuple[str, ...], out: Path | None) -> None:
+    """Compile every CUDA source and say what its kernels use."""
+    try:
+        reports = [report._asdict() for report in compile_all(architectures)]
+        compiler = compiler_version(find_compiler()).splitlines()[-2]
+    except BuildError as error:
+        raise click.ClickException(f"the CUDA sources: {error}") from error
+    columns = list(reports[0])
+    click.echo(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for report in reports:
+        click.echo(f"| {' | '.join(str(value) for value in report.values())} |")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"compiler": compiler, "kernels": reports}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

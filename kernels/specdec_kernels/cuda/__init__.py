@@ -1,0 +1,1 @@
+"""CUDA C++: each `name.cu` here is compiled on first use (`build`) and called through `ctypes` (`library`)."""

@@ -1,0 +1,46 @@
+"""How much memory a process has used, on its device and on the host."""
+
+import sys
+
+import torch
+
+_MIB = 2**20
+
+
+def memory(device: torch.device | str = "cpu") -> dict[str, float]:
+    """MiB by name; what the platform does not tell is left out.
+
+    `rss_peak`: the largest resident size of the process. On CUDA `allocated`, `reserved` (by the caching allocator) and
+    their peaks since the start or `reset_peaks`; on MPS `allocated` and `reserved` (by the driver), as they are now.
+    """
+    device = torch.device(device)
+    found: dict[str, float] = {}
+    if device.type == "cuda":
+        found = {
+            "allocated": torch.cuda.memory_allocated(device) / _MIB,
+            "allocated_peak": torch.cuda.max_memory_allocated(device) / _MIB,
+            "reserved": torch.cuda.memory_reserved(device) / _MIB,
+            "reserved_peak": torch.cuda.max_memory_reserved(device) / _MIB,
+        }
+    elif device.type == "mps":
+        found = {
+            "allocated": torch.mps.current_allocated_memory() / _MIB,
+            "reserved": torch.mps.driver_allocated_memory() / _MIB,
+        }
+    peak = _resident_peak()
+    return found if peak is None else {**found, "rss_peak": peak}
+
+
+def reset_peaks(device: torch.device | str) -> None:
+    """Begin the device's peaks anew; the host's cannot be."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _resident_peak() -> float | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    # Bytes on macOS, KiB elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (_MIB if sys.platform == "darwin" else 1024)

@@ -1,0 +1,1 @@
+"""Operations on plain tensors: the definition in `name.py`, and beside it `name_triton.py` where one is faster."""

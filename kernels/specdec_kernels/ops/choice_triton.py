@@ -1,0 +1,219 @@
+"""Choosing rules in Triton: the largest of each row's logits, alone or with Gumbel noise, and the walk that follows.
+
+Two launches whatever the sizes. The first gives every row of the vocabulary to enough programs to fill the device and
+writes each one's largest value and its first index; the second, one program a row, compares those and walks. Nothing
+as large as the logits is written. Greedy choices are those of `verify.verify_greedy` bit for bit, NaN and ties
+included. Coupled ones compare `logits / temperature + noise`, where the definition compares `log p + noise`, which
+differs by a constant of the row: they may differ where the two best sums are within 2^-21 of their size
+(2^-48 for float64 logits).
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.ops import law_triton as law
+from specdec_kernels.ops import philox_triton
+from specdec_kernels.ops.walk import Verification
+
+BEYOND = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+@no_type_check
+def better(value, index, best, where):
+    """Whether (value, index) comes before (best, where): NaN first, then the larger, then the lower index."""
+    value_nan, best_nan = value != value, best != best
+    tie = (value == best) | (value_nan & best_nan)
+    return (value > best) | (value_nan & (best == best)) | (tie & (index < where))
+
+
+@triton.jit
+@no_type_check
+def first_largest(value, index):
+    """The largest value and its lowest index; NaN counts as the largest. One axis."""
+    nan = value != value
+    broken = tl.max(nan.to(tl.int32), 0) > 0
+    top = tl.max(tl.where(nan, float("-inf"), value), 0)
+    first = tl.min(tl.where(tl.where(broken, nan, value == top), index, BEYOND), 0)
+    return tl.where(broken, float("nan"), top), first
+
+
+@triton.jit(do_not_specialize=["n", "splits", "tiles"])
+@no_type_check
+def _largest(
+    values, indices, logits, stride_b, stride_n, n, v, splits, tiles,
+    noise, noise_b, noise_n, noise_v, seed, seed_stride, position, position_b, position_n, threshold, cut,
+    temperature: tl.constexpr, source: tl.constexpr, filtered: tl.constexpr,
+    kind: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Largest value and first index of one of `splits` parts of a row. `source` of noise: 0 none, 1 given, 2 made."""
+    line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, node = line // n, line % n
+    here = logits + row * stride_b + node * stride_n
+    begin = part * tiles * block
+    lanes = tl.arange(0, block)
+    best = tl.full([block], float("-inf"), wide)
+    where = tl.full([block], BEYOND, tl.int32)
+    for tile in range(tiles):
+        token = begin + tile * block + lanes
+        mask = token < v
+        value = law.scaled(tl.load(here + token, mask=mask, other=float("-inf")).to(kind), temperature)
+        if filtered:
+            kept = law.keeps(value, token, tl.load(threshold + line), tl.load(cut + line))
+            value = tl.where(kept | (value != value), value, float("-inf"))
+        value = value.to(wide)
+        if source == 1:
+            given = noise + row * noise_b + node * noise_n
+            value += tl.load(given + token.to(tl.int64) * noise_v, mask=mask, other=0.0).to(wide)
+        if source == 2:
+            made = philox_triton.noise(
+                token, tl.load(position + row * position_b + node * position_n), tl.load(seed + row * seed_stride)
+            )
+            value += made.to(wide)
+        first = mask & better(value, token, best, where)
+        best, where = tl.where(first, value, best), tl.where(first, token, where)
+    top, index = first_largest(best, where)
+    tl.store(values + line * splits + part, top)
+    tl.store(indices + line * splits + part, index)
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+@no_type_check
+def _walk(
+    path, count, next_token, accept_prob, values, indices, tokens, tokens_b, tokens_n,
+    parents, parents_b, parents_n, valid, valid_b, valid_n, n, splits,
+    chain: tl.constexpr, nodes: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of every node's choice and follow them from the root."""
+    row = tl.program_id(0).to(tl.int64)
+    node = tl.arange(0, nodes)
+    exists = node < n
+    line = (row * n + node) * splits
+    best = tl.load(values + line, mask=exists, other=float("-inf"))
+    choice = tl.load(indices + line, mask=exists, other=0)
+    for part in range(1, splits):
+        value = tl.load(values + line + part, mask=exists, other=float("-inf"))
+        index = tl.load(indices + line + part, mask=exists, other=0)
+        first = better(value, index, best, choice)
+        best, choice = tl.where(first, value, best), tl.where(first, index, choice)
+
+    depth = tl.program_id(0) * 0
+    last = depth
+    steps = tl.full([nodes], -1, tl.int32)
+    if chain:
+        # Node i goes on when draft i + 1 is what it chose.
+        draft = tl.load(tokens + row * tokens_b + (node + 1) * tokens_n, mask=node + 1 < n, other=-1)
+        alive = tl.load(valid + row * valid_b + (node + 1) * valid_n, mask=node + 1 < n, other=0) != 0
+        goes_on = alive & (draft == choice) & (node + 1 < n)
+        depth = tl.min(tl.where(goes_on, nodes, node), 0)
+        last = depth
+        steps = tl.where(node < depth, node + 1, -1)
+        tl.store(accept_prob + row * n + node, ((node > 0) & (node <= depth)).to(tl.float32), mask=exists)
+    else:
+        token = tl.load(tokens + row * tokens_b + node * tokens_n, mask=exists, other=-1)
+        parent = tl.load(parents + row * parents_b + node * parents_n, mask=exists, other=-1)
+        alive = tl.load(valid + row * valid_b + node * valid_n, mask=exists, other=0) != 0
+        alive = alive & (node > 0) & exists
+        accepted = tl.zeros([nodes], tl.float32)
+        child = last
+        while child < n:
+            last = child
+            wanted = tl.sum(tl.where(node == last, choice, 0), 0)
+            child = tl.min(tl.where(alive & (parent == last) & (token == wanted), node, nodes + n), 0)
+            found = child < n
+            steps = tl.where(found & (node == depth), child, steps)
+            accepted = tl.where(found & (node == child), 1.0, accepted)
+            depth += found.to(tl.int32)
+        tl.store(accept_prob + row * n + node, accepted, mask=exists)
+    tl.store(path + row * n + node, steps.to(tl.int64), mask=exists)
+    tl.store(count + row, depth.to(tl.int64))
+    tl.store(next_token + row, tl.sum(tl.where(node == last, choice, 0), 0).to(tl.int64))
+
+
+def verify_greedy(
+    logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor, *, chain: bool = False
+) -> Verification:
+    """See `specdec_kernels.ops.verify.verify_greedy`."""
+    return _verify(logits, tokens, parents, valid, chain, 1.0, 0, None, None, None, None)
+
+
+def verify_coupled(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    valid: Tensor,
+    noise: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+    chain: bool = False,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Verification:
+    """See `specdec_kernels.ops.verify.verify_coupled`."""
+    if noise is None and (seed is None or position is None):
+        raise ValueError("verify_coupled needs the noise, or seed and position to make it from; got neither")
+    if temperature == 0:
+        # All mass is on one token, which no finite noise moves.
+        return verify_greedy(logits, tokens, parents, valid, chain=chain)
+    limits = (
+        law.limits(law.dense(logits), temperature, top_k, top_p, min_p)
+        if law.filters(logits, top_k, top_p, min_p)
+        else None
+    )
+    source = 2 if noise is None else 1
+    return _verify(logits, tokens, parents, valid, chain, temperature, source, noise, seed, position, limits)
+
+
+def _verify(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    valid: Tensor,
+    chain: bool,
+    temperature: float,
+    source: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    position: Tensor | None,
+    limits: law.Limits | None,
+) -> Verification:
+    b, n, v = logits.shape
+    logits = law.dense(logits)
+    block, splits, tiles = law.partition(b * n, v, widest=1024 if source else 4096)
+    kind, dtype = law.compute_kind(logits.dtype)
+    # Noise is float64, and so are its sums.
+    values = torch.empty((b, n, splits), dtype=torch.float64 if source else dtype, device=logits.device)
+    indices = torch.empty((b, n, splits), dtype=torch.int32, device=logits.device)
+    # Arguments that a variant does not read still have to be pointers.
+    given = values if noise is None else noise
+    seeds = indices if seed is None else seed.expand(b)
+    places = indices if position is None else position
+    threshold, cut = (values, indices) if limits is None else (limits.threshold, limits.cut)
+    _largest[(b * n, splits)](
+        values, indices, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
+        given, *given.stride(), seeds, seeds.stride(0), places, *places.stride()[:2],
+        threshold, cut, temperature=float(temperature), source=source, filtered=limits is not None,
+        kind=kind, wide=tl.float64 if source else kind, block=block, num_warps=4,
+    )  # fmt: skip
+    return walk(values, indices, tokens, parents, valid, chain)
+
+
+def walk(values: Tensor, indices: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor, chain: bool) -> Verification:
+    """Follow the best of each node's parts: `values` and `indices [b n splits]`."""
+    b, n, splits = values.shape
+    path = torch.empty((b, n), dtype=torch.int64, device=values.device)
+    ends = torch.empty((2, b), dtype=torch.int64, device=values.device)
+    accept_prob = torch.empty((b, n), dtype=torch.float32, device=values.device)
+    _walk[(b,)](
+        path, ends[0], ends[1], accept_prob, values, indices, tokens, *tokens.stride(),
+        parents, *parents.stride(), valid, *valid.stride(), n, splits,
+        chain=chain, nodes=triton.next_power_of_2(n), num_warps=1 if n <= 64 else 4,
+    )  # fmt: skip
+    return Verification(path, ends[0], ends[1], accept_prob)

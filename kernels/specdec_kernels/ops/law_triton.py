@@ -1,0 +1,321 @@
+"""Laws in Triton without sorting: the reductions that verification needs, and `warp` on top of them.
+
+A row's law is p(v) = exp(x(v) - maximum) / total over the kept tokens, x being the logits over the temperature; so
+three numbers a row say it all where every token is kept, and a threshold with the last kept id among its ties where
+not (`Limits`). Top-k and top-p search the threshold on the sortable bits of x: every pass over the row tries 16
+candidates at once, so 8 passes suffice for float32 and 16 for float64, whatever the vocabulary.
+
+Numbers: x, weights exp(x - maximum) and their differences are float32 (float64 for float64 logits), totals are float64
+always. A probability is within (|log p| + 8) * 2^-23 (2^-52) of exact arithmetic, relatively. What is kept is what the
+definition keeps, but for tokens at the edge of top-p or min-p whose mass lies within that bound of the edge.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TRIED = tl.constexpr(16)
+_PROGRAMS = 512
+_MAX_SPLITS = 64
+
+
+class Limits(NamedTuple):
+    """A row's law: kept are tokens whose sortable bits exceed `threshold`, and those equal to it up to id `cut`."""
+
+    threshold: Tensor | None
+    cut: Tensor | None
+    maxima: Tensor
+    totals: Tensor
+
+
+@triton.jit
+@no_type_check
+def scaled(value, temperature: tl.constexpr):
+    """The logits over the temperature, rounded as division rounds."""
+    if temperature == 1.0:
+        made = value
+    elif value.dtype == tl.float64:
+        made = value / temperature
+    else:
+        made = tl.div_rn(value, tl.full(value.shape, temperature, tl.float32))
+    return made
+
+
+@triton.jit
+@no_type_check
+def sortable(value):
+    """int64 keys in the order of the values; both zeros have one key, and NaN ranks as the least."""
+    value = tl.where(value == value, value, float("-inf"))
+    value = tl.where(value == 0, 0.0, value)
+    if value.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True)
+        key = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+    else:
+        narrow = value.to(tl.int32, bitcast=True)
+        key = tl.where(narrow < 0, narrow ^ 0x7FFFFFFF, narrow).to(tl.int64)
+    return key
+
+
+@triton.jit
+@no_type_check
+def keeps(value, token, threshold, cut):
+    """Whether a law keeps a token of this scaled logit."""
+    key = sortable(value)
+    return (key > threshold) | ((key == threshold) & (token <= cut))
+
+
+@triton.jit
+@no_type_check
+def finite(maximum):
+    """A maximum to subtract: 0 where everything is -inf, so that nothing but zeros comes out."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["n", "splits", "tiles"])
+@no_type_check
+def _parts(
+    maxima, totals, logits, stride_b, stride_n, n, v, splits, tiles,
+    temperature: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of weights of one of `splits` parts of a row."""
+    line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    here = logits + (line // n) * stride_b + (line % n) * stride_n
+    lanes = tl.arange(0, block)
+    top = tl.full([], float("-inf"), kind)
+    total = tl.full([], 0.0, tl.float64)
+    for tile in range(tiles):
+        token = (part * tiles + tile) * block + lanes
+        value = tl.load(here + token, mask=token < v, other=float("-inf")).to(kind)
+        value = scaled(value, temperature)
+        above = tl.maximum(top, tl.max(value, 0))
+        weights = tl.exp(value - finite(above))
+        total = total * tl.exp(finite(top) - finite(above)).to(tl.float64) + tl.sum(weights, 0).to(tl.float64)
+        top = above
+    tl.store(maxima + line * splits + part, top)
+    tl.store(totals + line * splits + part, total)
+
+
+@triton.jit
+@no_type_check
+def joined(maxima, totals, line, mask, splits):
+    """Maximum and sum of weights of whole rows from their parts; `line` may be one row or a vector of them."""
+    top = tl.load(maxima + line * splits, mask=mask, other=0.0)
+    for part in range(1, splits):
+        top = tl.maximum(top, tl.load(maxima + line * splits + part, mask=mask, other=0.0))
+    total = tl.load(totals + line * splits, mask=mask, other=1.0) * 0.0
+    for part in range(0, splits):
+        here = tl.load(maxima + line * splits + part, mask=mask, other=0.0)
+        share = tl.load(totals + line * splits + part, mask=mask, other=1.0)
+        # A part of nothing but -inf weighs nothing, and has no finite distance from the top.
+        factor = tl.where(here == float("-inf"), 0.0, tl.exp(here - finite(top)))
+        total += share * factor.to(tl.float64)
+    return top, total
+
+
+@triton.jit(do_not_specialize=["n", "top_k"])
+@no_type_check
+def _limits(
+    threshold, cut, maxima, totals, logits, stride_b, stride_n, n, v, top_k,
+    temperature: tl.constexpr, top_p: tl.constexpr, min_p: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One row's law, one program: a few passes over logits that stay in the cache."""
+    line = tl.program_id(0).to(tl.int64)
+    here = logits + (line // n) * stride_b + (line % n) * stride_n
+    lanes = tl.arange(0, block)
+    tried = tl.arange(0, _TRIED)
+
+    top = tl.full([], float("-inf"), kind)
+    low = tl.full([], float("inf"), kind)
+    broken = tl.program_id(0) * 0
+    for begin in range(0, v, block):
+        token = begin + lanes
+        value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+        nan = value != value
+        broken += tl.max(nan.to(tl.int32), 0)
+        value = tl.where(nan, float("-inf"), value)
+        top = tl.maximum(top, tl.max(value, 0))
+        low = tl.minimum(low, tl.min(tl.where(token < v, value, float("inf")), 0))
+    shift = finite(top)
+    floor = sortable(low)
+    last = tl.program_id(0) * 0 + 0x7FFFFFFF
+
+    if top_k > 0:
+        # The largest key that at least k tokens reach.
+        ceiling = sortable(top) + 1
+        while floor + 1 < ceiling:
+            step = tl.maximum((ceiling >> 4) - (floor >> 4), 1)
+            candidate = floor + (tried + 1) * step
+            count = tl.zeros([_TRIED], tl.int32)
+            for begin in range(0, v, block):
+                token = begin + lanes
+                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+                reached = (sortable(value)[:, None] >= candidate[None, :]) & (token < v)[:, None]
+                count += tl.sum(reached.to(tl.int32), 0)
+            enough = count >= top_k
+            floor = tl.maximum(floor, tl.max(tl.where(enough, candidate, floor), 0))
+            ceiling = tl.minimum(ceiling, tl.min(tl.where(enough, ceiling, candidate), 0))
+
+    if top_p < 1.0:
+        base = floor
+        kept = tl.full([], 0.0, tl.float64)
+        for begin in range(0, v, block):
+            token = begin + lanes
+            value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+            weights = tl.where((sortable(value) >= base) & (token < v), tl.exp(value - shift), 0.0)
+            kept += tl.sum(tl.where(value == value, weights, 0.0), 0).to(tl.float64)
+        wanted = kept * top_p
+        # The largest key such that the tokens which reach it have the mass.
+        ceiling = sortable(top) + 1
+        above = tl.full([], 0.0, tl.float64)
+        while floor + 1 < ceiling:
+            step = tl.maximum((ceiling >> 4) - (floor >> 4), 1)
+            candidate = floor + (tried + 1) * step
+            mass = tl.zeros([_TRIED], tl.float64)
+            for begin in range(0, v, block):
+                token = begin + lanes
+                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+                reached = (sortable(value)[:, None] >= candidate[None, :]) & (token < v)[:, None]
+                weights = tl.exp(value - shift)
+                mass += tl.sum(tl.where(reached, weights[:, None], 0.0), 0).to(tl.float64)
+            enough = mass >= wanted
+            floor = tl.maximum(floor, tl.max(tl.where(enough, candidate, floor), 0))
+            lacking = tl.min(tl.where(enough, ceiling, candidate), 0)
+            # What lies above the threshold is the mass that reached the least candidate which was too high.
+            found = tl.max(tl.where((candidate == lacking) & (lacking < ceiling), mass, -1.0), 0)
+            above = tl.where(found >= 0, found, above)
+            ceiling = tl.minimum(ceiling, lacking)
+        # Of the tokens at the threshold the first few are kept.
+        weight = tl.full([], 0.0, tl.float64)
+        ties = tl.program_id(0) * 0
+        for begin in range(0, v, block):
+            token = begin + lanes
+            value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+            equal = (sortable(value) == floor) & (token < v)
+            ties += tl.sum(equal.to(tl.int32), 0)
+            weight = tl.maximum(weight, tl.max(tl.where(equal, tl.exp(value - shift), 0.0), 0).to(tl.float64))
+        room = tl.where(weight > 0, tl.ceil((wanted - above) / tl.where(weight > 0, weight, 1.0)), 1.0)
+        few = tl.minimum(tl.maximum(room, 1.0), 2147483647.0).to(tl.int32)
+        if few < ties:
+            seen = tl.program_id(0) * 0
+            begin = tl.program_id(0) * 0
+            while seen < few:
+                token = begin + lanes
+                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+                equal = ((sortable(value) == floor) & (token < v)).to(tl.int32)
+                rank = seen + tl.cumsum(equal, 0)
+                last = tl.minimum(last, tl.min(tl.where((rank == few) & (equal > 0), token, 0x7FFFFFFF), 0))
+                seen += tl.sum(equal, 0)
+                begin += block
+
+    if min_p > 0.0:
+        least = sortable((shift + tl.log(tl.full([], min_p, kind))).to(kind))
+        last = tl.where(least > floor, 0x7FFFFFFF, last)
+        floor = tl.maximum(floor, least)
+
+    total = tl.full([], 0.0, tl.float64)
+    for begin in range(0, v, block):
+        token = begin + lanes
+        value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+        weights = tl.where(keeps(value, token, floor, last) & (token < v), tl.exp(value - shift), 0.0)
+        total += tl.sum(weights, 0).to(tl.float64)
+    tl.store(threshold + line, floor)
+    tl.store(cut + line, last)
+    tl.store(maxima + line, top)
+    tl.store(totals + line, tl.where(broken > 0, float("nan"), total))
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+@no_type_check
+def _apply(
+    out, logits, stride_b, stride_n, n, v, maxima, totals, splits, threshold, cut,
+    temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * block + tl.arange(0, block)
+    top, total = joined(maxima, totals, line, line >= 0, splits)
+    here = logits + (line // n) * stride_b + (line % n) * stride_n
+    value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+    law = tl.exp(value - finite(top)) / total.to(kind)
+    if filtered:
+        kept = keeps(value, token, tl.load(threshold + line), tl.load(cut + line))
+        # Zero, unless the row is broken.
+        law = tl.where(kept, law, 0.0 / total.to(kind))
+    tl.store(out + line * v + token, law, mask=token < v)
+
+
+def partition(lines: int, v: int, widest: int = 4096) -> tuple[int, int, int]:
+    """Tokens a tile, parts a row and tiles a part, so that `lines` rows keep a large device busy."""
+    block = min(widest, max(128, triton.next_power_of_2(v)))
+    tiles = triton.cdiv(v, block)
+    splits = max(1, min(tiles, _MAX_SPLITS, triton.cdiv(_PROGRAMS, max(lines, 1))))
+    each = triton.cdiv(tiles, splits)
+    return block, triton.cdiv(tiles, each), each
+
+
+def compute_kind(dtype: torch.dtype) -> tuple[tl.dtype, torch.dtype]:
+    """The type in which logits of `dtype` are computed with, for Triton and for torch."""
+    return (tl.float64, torch.float64) if dtype == torch.float64 else (tl.float32, torch.float32)
+
+
+def filters(logits: Tensor, top_k: int, top_p: float, min_p: float) -> bool:
+    """Whether a law of these settings may leave tokens out."""
+    return 0 < top_k < logits.shape[-1] or top_p < 1 or min_p > 0
+
+
+def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Limits:
+    """The law of every row of `logits [b n v]` (last axis dense): threshold, cut, maximum and total weight `[b n 1]`.
+
+    With nothing filtered there is no threshold, and maximum and total come in parts `[b n splits]`.
+    """
+    b, n, v = logits.shape
+    if temperature == 0:
+        # The first largest logit is the one token that the least mass needs.
+        temperature, top_k, top_p, min_p = 1.0, 0, 1e-30, 0.0
+    kind, dtype = compute_kind(logits.dtype)
+    device = logits.device
+    if not filters(logits, top_k, top_p, min_p):
+        block, splits, tiles = partition(b * n, v)
+        maxima = torch.empty((b, n, splits), dtype=dtype, device=device)
+        totals = torch.empty((b, n, splits), dtype=torch.float64, device=device)
+        _parts[(b * n, splits)](
+            maxima, totals, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
+            temperature=float(temperature), kind=kind, block=block, num_warps=4,
+        )  # fmt: skip
+        return Limits(None, None, maxima, totals)
+    threshold = torch.empty((b, n, 1), dtype=torch.int64, device=device)
+    cut = torch.empty((b, n, 1), dtype=torch.int32, device=device)
+    maxima = torch.empty((b, n, 1), dtype=dtype, device=device)
+    totals = torch.empty((b, n, 1), dtype=torch.float64, device=device)
+    _limits[(b * n,)](
+        threshold, cut, maxima, totals, logits, logits.stride(0), logits.stride(1), n, v,
+        top_k if top_k < v else 0,
+        temperature=float(temperature), top_p=float(top_p), min_p=float(min_p), kind=kind,
+        block=min(1024, max(128, triton.next_power_of_2(v))), num_warps=8,
+    )  # fmt: skip
+    return Limits(threshold, cut, maxima, totals)
+
+
+def dense(logits: Tensor) -> Tensor:
+    """The logits with their vocabulary in consecutive places, copied only if they are not."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """See `specdec_kernels.ops.law.warp`."""
+    kind, dtype = compute_kind(logits.dtype)
+    rows = dense(logits.reshape(1, -1, logits.shape[-1]))
+    n, v = rows.shape[1:]
+    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    if not out.numel():
+        return out
+    law = limits(rows, temperature, top_k, top_p, min_p)
+    block = min(1024, max(128, triton.next_power_of_2(v)))
+    _apply[(n, triton.cdiv(v, block))](
+        out, rows, rows.stride(0), rows.stride(1), n, v, law.maxima, law.totals, law.maxima.shape[-1],
+        law.maxima if law.threshold is None else law.threshold, law.maxima if law.cut is None else law.cut,
+        temperature=float(temperature) or 1.0, filtered=law.threshold is not None, kind=kind, block=block, num_warps=4,
+    )  # fmt: skip
+    return out

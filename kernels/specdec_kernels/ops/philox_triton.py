@@ -1,0 +1,110 @@
+"""Philox4x32-10 and Gumbel noise in Triton: the same words as `philox.py`, bit for bit.
+
+`words` and `noise` are for other kernels to call. Noise takes float64 logarithms as the definition does; the device's
+differ from the host's in the last place, so two noises agree within 4 x 2^-52 of their size plus 2^-50.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.ops.philox import COUPLED
+
+_COUPLED = tl.constexpr(COUPLED)
+_BLOCK = 1024
+
+
+@triton.jit
+@no_type_check
+def words(c0, c1, c2, c3, seed):
+    """Four words (uint32) of broadcast counters of any integer type and a seed of 64 bits."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        high0, low0 = (product0 >> 32).to(tl.uint32), (product0 & 0xFFFFFFFF).to(tl.uint32)
+        high1, low1 = (product1 >> 32).to(tl.uint32), (product1 & 0xFFFFFFFF).to(tl.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = ((k0.to(tl.uint64) + 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32)
+        k1 = ((k1.to(tl.uint64) + 0xBB67AE85) & 0xFFFFFFFF).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+@no_type_check
+def noise(token, position, seed):
+    """Gumbel noise (float64) of tokens (int32) at a position."""
+    zero = token * 0
+    w0, w1, w2, w3 = words(token // 4, zero, zero + position, zero + _COUPLED, seed)
+    lane = token % 4
+    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
+    unit = (word.to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
+    return -tl.log(-tl.log(unit))
+
+
+@triton.jit(do_not_specialize=["count", "columns", "depth"])
+@no_type_check
+def _philox(
+    out, c0, c1, c2, c3, seed, count, columns, depth,
+    s00, s01, s02, s10, s11, s12, s20, s21, s22, s30, s31, s32, seed_stride,
+    block: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    mask = index < count
+    row, column, lane = index // (columns * depth), (index // depth) % columns, index % depth
+    w0, w1, w2, w3 = words(
+        tl.load(c0 + row * s00 + column * s01 + lane * s02, mask=mask, other=0) & 0xFFFFFFFF,
+        tl.load(c1 + row * s10 + column * s11 + lane * s12, mask=mask, other=0) & 0xFFFFFFFF,
+        tl.load(c2 + row * s20 + column * s21 + lane * s22, mask=mask, other=0) & 0xFFFFFFFF,
+        tl.load(c3 + row * s30 + column * s31 + lane * s32, mask=mask, other=0) & 0xFFFFFFFF,
+        tl.load(seed + row * seed_stride, mask=mask, other=0),
+    )
+    tl.store(out + index, w0.to(tl.int64), mask=mask)
+    tl.store(out + count + index, w1.to(tl.int64), mask=mask)
+    tl.store(out + 2 * count + index, w2.to(tl.int64), mask=mask)
+    tl.store(out + 3 * count + index, w3.to(tl.int64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+@no_type_check
+def _gumbel(out, seed, position, n, v, seed_stride, pos_b, pos_n, block: tl.constexpr):
+    line = tl.program_id(0).to(tl.int64)
+    row, node = line // n, line % n
+    token = tl.program_id(1) * block + tl.arange(0, block)
+    made = noise(token, tl.load(position + row * pos_b + node * pos_n), tl.load(seed + row * seed_stride))
+    tl.store(out + line * v + token, made, mask=token < v)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, ...]:
+    """See `specdec_kernels.ops.philox.philox`; counters of up to three axes."""
+    axes = max(word.dim() for word in counter)
+    every = (*counter, seed.view(-1, *(1,) * (axes - 1)))
+    counter = torch.broadcast_tensors(*every)[:4]  # type: ignore[no-untyped-call]
+    shape = tuple(counter[0].shape)
+    out = torch.empty((4, *shape), dtype=torch.int64, device=seed.device)
+    count = out[0].numel()
+    if count:
+        full = (*shape, 1, 1)[:3]
+        spread = [word.long() for word in counter]
+        strides = [stride for word in spread for stride in (*word.stride(), 0, 0)[:3]]
+        grid = (triton.cdiv(count, _BLOCK),)
+        _philox[grid](
+            out, *spread, seed, count, full[1], full[2], *strides, seed.expand(shape[0]).stride(0), block=_BLOCK
+        )
+    return tuple(out)
+
+
+def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """See `specdec_kernels.ops.philox.gumbel`."""
+    b, n = position.shape
+    out = torch.empty((b, n, vocab_size), dtype=torch.float64, device=seed.device)
+    if out.numel():
+        seed = seed.expand(b)
+        grid = (b * n, triton.cdiv(vocab_size, _BLOCK))
+        _gumbel[grid](out, seed, position, n, vocab_size, seed.stride(0), *position.stride(), block=_BLOCK)
+    return out

@@ -1,0 +1,567 @@
+"""Rejection rules in Triton: token by token over trees, and blocks of a chain.
+
+Nothing as large as the logits is written. A round of `verify_lossless` is four launches: the parts of every node's
+law (`law_triton.limits`); the walk, one program a row, which needs p and q at the drafted tokens only, unless a
+sampled sibling is rejected and another follows, when it runs over that one row of p and q for the mass they leave; the
+remaining weights of the one node that each row ended at, in parts; and the draw. `verify_block` needs the mass of
+every position, so it reads all of p and q twice, in six launches.
+
+Numbers: as in `law_triton`, with scalars (masses, ratios, what a coin is compared with) in float64. A decision differs
+from the definition's only where its coin lies within a few 2^-23 (float64 logits: 2^-48), relatively, of the value it
+is compared with, and a draw only where `uniform * total` is that close, relative to the total, to the edge of a
+token. Rows of `draft_probs` are taken to sum to one, as a proposal promises.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.ops import law_triton as law
+from specdec_kernels.ops.walk import Verification
+
+
+@triton.jit
+@no_type_check
+def pick(vector, index, which):
+    """One element of a vector that is spread over the program."""
+    return tl.sum(tl.where(index == which, vector, tl.zeros_like(vector)), 0)
+
+
+@triton.jit
+@no_type_check
+def remaining(
+    p, draft, token, index, siblings, drafted, drawn, masses, draft_masses, n, replacement: tl.constexpr
+):  # fmt: skip
+    """What rejected siblings leave of the weights `p` of some tokens: before the last of them, after it (neither
+    divided by what it sums to), and which tokens drawn siblings have struck from the draft law.
+
+    Sibling j turns f into (f - q_j)+ / masses[j]; q_j is a point, or the draft law without its struck tokens over
+    draft_masses[j].
+    """
+    before, after = p, p
+    struck = token < 0
+    child = tl.min(tl.where(siblings, index, n), 0)
+    while child < n:
+        mass = pick(masses, index, child)
+        draft_mass = pick(draft_masses, index, child)
+        point = token == pick(drafted, index, child)
+        law_left = draft
+        if not replacement:
+            law_left = tl.where(draft_mass > 0, tl.where(struck, 0.0, draft) / draft_mass.to(p.dtype), draft)
+        from_law = pick(drawn, index, child) > 0
+        q = tl.where(from_law, law_left, tl.where(point, 1.0, 0.0).to(p.dtype))
+        before = after
+        rest = tl.maximum(before - q, 0.0)
+        struck = struck | (point & from_law)
+        child = tl.min(tl.where(siblings & (index > child), index, n), 0)
+        # Where rounding leaves no mass, the rejection is not followed; the last one is divided by nobody.
+        scale = tl.where(mass > 0, mass, 1.0).to(p.dtype)
+        follow = tl.where(mass > 0, rest / scale, before)
+        after = tl.where(child < n, follow, rest)
+    return before, after, struck
+
+
+@triton.jit
+@no_type_check
+def weights(
+    here, token, mask, top, total, threshold, cut,
+    temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """p of some tokens of one row."""
+    value = law.scaled(tl.load(here + token, mask=mask, other=float("-inf")).to(kind), temperature)
+    p = tl.exp(value - law.finite(top)) / total.to(kind)
+    if filtered:
+        p = tl.where(law.keeps(value, token, tl.load(threshold), tl.load(cut)), p, 0.0)
+    return tl.where(mask, p, 0.0)
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+@no_type_check
+def _walk(
+    path, count, accept_prob, node_out, stop_out, scale_out, masses_out, draft_masses_out,
+    logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
+    accept, accept_b, accept_n, maxima, totals, threshold, cut, n, v, splits, tiny,
+    replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, nodes)
+    exists = index < n
+    own = row * n + index
+    lanes = tl.arange(0, block)
+    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
+    parent = tl.load(parents + own, mask=exists, other=-1).to(tl.int32)
+    alive = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & exists
+    parent = tl.where(alive, parent, -1)
+    drawn = tl.zeros([nodes], tl.int32)
+    coin = tl.load(accept + row * accept_b + index * accept_n, mask=exists, other=1.0).to(tl.float64)
+
+    # p and q of every draft under its parent's law.
+    above = tl.where(alive, parent, 0)
+    top, total = law.joined(maxima, totals, row * n + above, alive, splits)
+    place = logits + row * stride_b + above.to(tl.int64) * stride_n + drafted
+    value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature)
+    p = tl.exp(value - law.finite(top)).to(tl.float64) / total
+    if filtered:
+        line = row * n + above
+        limit, last_kept = tl.load(threshold + line, mask=alive, other=0), tl.load(cut + line, mask=alive, other=0)
+        p = tl.where(law.keeps(value, drafted, limit, last_kept), p, 0.0)
+    q = tl.zeros([nodes], tl.float64)
+    if drafts:
+        drawn = tl.where(alive, tl.load(sampled + own, mask=exists, other=0).to(tl.int32), 0)
+        place = draft + row * draft_b + above.to(tl.int64) * draft_n + drafted
+        q = tl.load(place, mask=alive & (drawn > 0), other=0.0).to(kind).to(tl.float64)
+
+    node = tl.program_id(0) * 0
+    stop, depth = node, node
+    draft_mass = tl.full([], 1.0, tl.float64)
+    struck = tl.zeros([nodes], tl.int32)
+    masses = tl.full([nodes], 1.0, tl.float64)
+    draft_masses = tl.full([nodes], 1.0, tl.float64)
+    probability = tl.zeros([nodes], tl.float64)
+    steps = tl.full([nodes], -1, tl.int32)
+    child = tl.min(tl.where(parent == node, index, n), 0)
+    while child < n:
+        current = index == child
+        from_law = pick(drawn, index, child) > 0
+        p_token = pick(p, index, child)
+        q_token = pick(q, index, child)
+        if not replacement:
+            left = tl.where(pick(struck, index, child) > 0, 0.0, q_token) / tl.where(draft_mass > 0, draft_mass, 1.0)
+            q_token = tl.where(draft_mass > 0, left, q_token)
+        q_token = tl.where(from_law, q_token, 1.0)
+        # As integers: a scalar truth about floats cannot be combined with vectors under the interpreter.
+        taken = tl.where(pick(coin, index, child) * q_token < p_token, 1, 0) > 0
+        ratio = tl.minimum(p_token / tl.maximum(q_token, tiny), 1.0)
+        probability = tl.where(current, ratio, probability)
+        draft_masses = tl.where(current, draft_mass, draft_masses)
+
+        later = tl.min(tl.where((parent == node) & (index > child), index, n), 0)
+        again = (later < n) & (taken == 0)
+        mass = 1.0 - p_token
+        next_draft_mass = draft_mass
+        if drafts:  # noqa: SIM102 (decided when the kernel is compiled, the other when it runs)
+            if again & from_law:
+                # A following sibling needs to know what this rejection leaves.
+                this = row * n + node
+                row_top, row_total = law.joined(maxima, totals, this, this >= 0, splits)
+                here = logits + row * stride_b + node.to(tl.int64) * stride_n
+                law_row = draft + row * draft_b + node.to(tl.int64) * draft_n
+                mass = tl.full([], 0.0, tl.float64)
+                next_draft_mass = tl.full([], 0.0, tl.float64)
+                for begin in range(0, v, block):
+                    token = begin + lanes
+                    mask = token < v
+                    weight = weights(
+                        here, token, mask, row_top, row_total, threshold + this, cut + this,
+                        temperature, filtered, kind,
+                    )  # fmt: skip
+                    law_tile = tl.load(law_row + token, mask=mask, other=0.0).to(kind)
+                    siblings = (parent == node) & (index <= child)
+                    _, rest, gone = remaining(
+                        weight, law_tile, token, index, siblings, drafted, drawn, masses, draft_masses, n, replacement
+                    )
+                    mass += tl.sum(rest.to(tl.float64), 0)
+                    next_draft_mass += tl.sum(tl.where(gone, 0.0, law_tile).to(tl.float64), 0)
+        mass = tl.maximum(mass, 0.0)
+        divides = tl.where(mass > 0, 1, 0) > 0
+        masses = tl.where(current & again, mass, masses)
+        drafted_here = pick(drafted, index, child)
+        same = drafted == drafted_here
+        minus = tl.where(same, 1.0, 0.0).to(tl.float64)
+        if drafts:
+            law_left = q
+            if not replacement:
+                unstruck = tl.where(struck > 0, 0.0, q) / tl.where(draft_mass > 0, draft_mass, 1.0)
+                law_left = tl.where(draft_mass > 0, unstruck, q)
+            # A sibling that is a point has no q of its own here: it takes the law's mass of its token.
+            minus = tl.where(from_law, law_left, minus)
+        rest = tl.maximum(p - minus, 0.0) / tl.where(divides, mass, 1.0)
+        siblings = (parent == node) & (index > child)
+        p = tl.where(siblings & again & divides, rest, p)
+        struck = tl.where(siblings & again & from_law & same, 1, struck)
+
+        steps = tl.where(taken & (index == depth), child, steps)
+        depth += taken.to(tl.int32)
+        node = tl.where(taken, child, node)
+        stop = tl.where(taken, 0, child)
+        draft_mass = tl.where(taken, 1.0, next_draft_mass)
+        child = tl.min(tl.where((parent == node) & (index > child), index, n), 0)
+
+    tl.store(path + own, steps.to(tl.int64), mask=exists)
+    tl.store(count + row, depth.to(tl.int64))
+    tl.store(accept_prob + own, probability.to(kind), mask=exists)
+    tl.store(node_out + row, node)
+    tl.store(stop_out + row, stop)
+    tl.store(scale_out + row, tl.full([], 1.0, tl.float64))
+    tl.store(masses_out + own, masses, mask=exists)
+    tl.store(draft_masses_out + own, draft_masses, mask=exists)
+
+
+@triton.jit
+@no_type_check
+def last_weights(
+    row, token, mask, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses, top, total,
+    logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
+    replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
+    kind: tl.constexpr,
+):  # fmt: skip
+    """Weights of some tokens at the node a row ended at, before and after the last rejection there."""
+    line = row * n + node
+    here = logits + row * stride_b + node.to(tl.int64) * stride_n
+    p = weights(here, token, mask, top, total, threshold + line, cut + line, temperature, filtered, kind)
+    p = p * scale.to(kind)
+    law_tile = tl.zeros_like(p)
+    if drafts:
+        place = draft + row * draft_b + node.to(tl.int64) * draft_n + token
+        law_tile = tl.load(place, mask=mask & (stop > 0), other=0.0).to(kind)
+    before, after, _ = remaining(
+        p, law_tile, token, index, siblings, drafted, drawn, masses, draft_masses, n, replacement
+    )
+    return before.to(tl.float64), after.to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles"])
+@no_type_check
+def _remains(
+    before_out, after_out, node_in, stop_in, scale_in, masses_in, draft_masses_in,
+    logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
+    maxima, totals, threshold, cut, n, v, splits, parts, tiles,
+    replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """What one of `parts` parts of each row's last law weighs, before and after the last rejection."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    index = tl.arange(0, nodes)
+    own = row * n + index
+    exists = index < n
+    node, stop, scale = tl.load(node_in + row), tl.load(stop_in + row), tl.load(scale_in + row)
+    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
+    siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
+    siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
+    drawn = tl.zeros([nodes], tl.int32)
+    if drafts:
+        drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
+    masses = tl.load(masses_in + own, mask=exists, other=1.0)
+    draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
+    top, total = law.joined(maxima, totals, row * n + node, row >= 0, splits)
+    before_sum = tl.full([], 0.0, tl.float64)
+    after_sum = tl.full([], 0.0, tl.float64)
+    for tile in range(tiles):
+        token = (part * tiles + tile) * block + tl.arange(0, block)
+        before, after = last_weights(
+            row, token, token < v, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
+            top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
+            replacement, drafts, temperature, filtered, kind,
+        )  # fmt: skip
+        before_sum += tl.sum(before, 0)
+        after_sum += tl.sum(after, 0)
+    tl.store(before_out + row * parts + part, before_sum)
+    tl.store(after_out + row * parts + part, after_sum)
+
+
+@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles"])
+@no_type_check
+def _draw(
+    next_token, uniform, uniform_stride, before_in, after_in, node_in, stop_in, scale_in, masses_in, draft_masses_in,
+    logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
+    maxima, totals, threshold, cut, n, v, splits, parts, tiles,
+    replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Invert the distribution function of each row's last law: find the part, then the token in it."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, nodes)
+    own = row * n + index
+    exists = index < n
+    node, stop, scale = tl.load(node_in + row), tl.load(stop_in + row), tl.load(scale_in + row)
+    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
+    siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
+    siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
+    drawn = tl.zeros([nodes], tl.int32)
+    if drafts:
+        drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
+    masses = tl.load(masses_in + own, mask=exists, other=1.0)
+    draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
+    top, total = law.joined(maxima, totals, row * n + node, row >= 0, splits)
+
+    which = tl.arange(0, width)
+    before_sums = tl.load(before_in + row * parts + which, mask=which < parts, other=0.0)
+    after_sums = tl.load(after_in + row * parts + which, mask=which < parts, other=0.0)
+    # Where the last rejection leaves nothing it was a matter of rounding, and the law before it is used.
+    fallback = (tl.sum(after_sums, 0) > 0).to(tl.int32) == 0
+    sums = tl.where(fallback, before_sums, after_sums)
+    goal = tl.load(uniform + row * uniform_stride).to(tl.float64) * tl.sum(sums, 0)
+    reached = tl.cumsum(sums, 0)
+    part = tl.sum(((reached <= goal) & (which < parts)).to(tl.int32), 0)
+    part = tl.minimum(part, tl.max(tl.where(sums > 0, which, 0), 0))
+    base = tl.sum(tl.where(which < part, sums, 0.0), 0)
+
+    found = tl.program_id(0) * 0 + 0x7FFFFFFF
+    last = tl.program_id(0) * 0
+    tile = tl.program_id(0) * 0
+    while tile < tiles:
+        token = (part * tiles + tile) * block + tl.arange(0, block)
+        before, after = last_weights(
+            row, token, token < v, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
+            top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
+            replacement, drafts, temperature, filtered, kind,
+        )  # fmt: skip
+        weight = tl.where(fallback, before, after)
+        edge = base + tl.cumsum(weight, 0)
+        found = tl.min(tl.where((edge > goal) & (weight > 0), token, 0x7FFFFFFF), 0)
+        last = tl.maximum(last, tl.max(tl.where(weight > 0, token, 0), 0))
+        base += tl.sum(weight, 0)
+        tile = tl.where(found < 0x7FFFFFFF, tiles, tile + 1)
+    tl.store(next_token + row, tl.where(found < 0x7FFFFFFF, found, last).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+@no_type_check
+def _ratios(
+    ratios, logits, stride_b, stride_n, tokens, valid, sampled, draft, draft_b, draft_n,
+    maxima, totals, threshold, cut, n, splits, tiny,
+    drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr,
+    nodes: tl.constexpr,
+):  # fmt: skip
+    """r_i = min(1, r_{i-1} p_i(x_i) / q_i(x_i)) along each chain."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, nodes)
+    exists = index < n
+    alive = exists & (index > 0)
+    own = row * n + index
+    above = tl.where(alive, index - 1, 0)
+    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
+    top, total = law.joined(maxima, totals, row * n + above, alive, splits)
+    place = logits + row * stride_b + above.to(tl.int64) * stride_n + drafted
+    value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature)
+    p = tl.exp(value - law.finite(top)).to(tl.float64) / total
+    if filtered:
+        line = row * n + above
+        limit, last_kept = tl.load(threshold + line, mask=alive, other=0), tl.load(cut + line, mask=alive, other=0)
+        p = tl.where(law.keeps(value, drafted, limit, last_kept), p, 0.0)
+    step = p
+    if drafts:
+        drawn = alive & (tl.load(sampled + own, mask=exists, other=0) != 0)
+        place = draft + row * draft_b + above.to(tl.int64) * draft_n + drafted
+        q = tl.load(place, mask=drawn, other=1.0).to(kind).to(tl.float64)
+        step = p / tl.maximum(q, tiny)
+    made = tl.full([nodes], 1.0, tl.float64)
+    ratio = tl.full([], 1.0, tl.float64)
+    for i in range(1, n):
+        ratio = tl.minimum(ratio * pick(step, index, i), 1.0)
+        made = tl.where(index == i, ratio, made)
+    tl.store(ratios + own, made, mask=exists)
+
+
+@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles"])
+@no_type_check
+def _excesses(
+    sums, ratios, logits, stride_b, stride_n, tokens, sampled, draft, draft_b, draft_n,
+    maxima, totals, threshold, cut, n, v, splits, parts, tiles,
+    drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Z_i = sum (r_i p_{i+1} - q_{i+1})+ of every position but the last, in parts."""
+    line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, node = line // n, line % n
+    following = tl.minimum(node + 1, n - 1)
+    ratio = tl.load(ratios + line).to(kind)
+    drafted = tl.load(tokens + row * n + following).to(tl.int32)
+    top, total = law.joined(maxima, totals, line, line >= 0, splits)
+    here = logits + row * stride_b + node * stride_n
+    mass = tl.full([], 0.0, tl.float64)
+    for tile in range(tiles):
+        token = (part * tiles + tile) * block + tl.arange(0, block)
+        mask = token < v
+        p = weights(here, token, mask, top, total, threshold + line, cut + line, temperature, filtered, kind)
+        q = tl.where(token == drafted, 1.0, 0.0).to(kind)
+        if drafts:
+            drawn = tl.load(sampled + row * n + following) != 0
+            place = draft + row * draft_b + node * draft_n + token
+            q = tl.where(drawn, tl.load(place, mask=mask & drawn, other=0.0).to(kind), q)
+        mass += tl.sum(tl.maximum(ratio * p - q, 0.0).to(tl.float64), 0)
+    tl.store(sums + line * parts + part, mass)
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+@no_type_check
+def _decide(
+    path, count, accept_prob, node_out, stop_out, scale_out, ratios, sums, valid, accept, accept_b, accept_n,
+    n, parts, tiny, kind: tl.constexpr, nodes: tl.constexpr,
+):  # fmt: skip
+    """Every position's coin; the last success ends the block."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, nodes)
+    exists = index < n
+    own = row * n + index
+    alive = exists & (tl.load(valid + own, mask=exists, other=0) != 0)
+    ratio = tl.load(ratios + own, mask=exists, other=1.0)
+    coin = tl.load(accept + row * accept_b + index * accept_n, mask=exists, other=1.0).to(tl.float64)
+    mass = tl.zeros([nodes], tl.float64)
+    for part in range(0, parts):
+        mass += tl.load(sums + own * parts + part, mask=exists, other=0.0)
+    gamma = tl.sum(alive.to(tl.int32), 0) - 1
+    rest = mass + (1.0 - ratio)
+    share = tl.where(rest > 0, mass / tl.maximum(rest, tiny), 1.0)
+    h = tl.where((index == gamma) | (index == n - 1), ratio, share)
+    taken = alive & ((coin < h) | (index == 0))
+    last = tl.max(tl.where(taken, index, 0), 0)
+    tl.store(path + own, tl.where(index < last, index + 1, -1).to(tl.int64), mask=exists)
+    tl.store(count + row, last.to(tl.int64))
+    tl.store(accept_prob + own, tl.where(alive & (index > 0), h, 0.0).to(kind), mask=exists)
+    tl.store(node_out + row, last)
+    tl.store(stop_out + row, tl.where(last < gamma, last + 1, 0))
+    tl.store(scale_out + row, tl.where(last < gamma, pick(ratio, index, last), 1.0))
+
+
+def verify_lossless(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    valid: Tensor,
+    sampled: Tensor,
+    draft_probs: Tensor | None,
+    accept: Tensor,
+    token: Tensor,
+    *,
+    replacement: bool = True,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Verification:
+    """See `specdec_kernels.ops.verify.verify_lossless`."""
+    b, n, v = logits.shape
+    logits = law.dense(logits)
+    found = law.limits(logits, temperature, top_k, top_p, min_p)
+    kind, dtype = law.compute_kind(logits.dtype)
+    end = _End(b, n, dtype, logits.device)
+    tree = (tokens.contiguous(), parents.contiguous(), valid.contiguous(), sampled.contiguous())
+    draft = logits if draft_probs is None else law.dense(draft_probs)
+    options = {
+        "replacement": bool(replacement),
+        "drafts": draft_probs is not None,
+        "temperature": float(temperature) or 1.0,
+        "filtered": found.threshold is not None,
+        "kind": kind,
+        "nodes": triton.next_power_of_2(n),
+    }
+    _walk[(b,)](
+        *end.verdict(), *end.ends(), *end.chain(),
+        logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2], accept, *accept.stride(),
+        *_pointers(found), n, v, found.maxima.shape[-1], torch.finfo(dtype).tiny,
+        **options, block=_block(v), num_warps=8,
+    )  # fmt: skip
+    return end.draw(logits, tree, draft, token, found, options)
+
+
+def verify_block(
+    logits: Tensor,
+    tokens: Tensor,
+    valid: Tensor,
+    sampled: Tensor,
+    draft_probs: Tensor | None,
+    accept: Tensor,
+    token: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Verification:
+    """See `specdec_kernels.ops.verify.verify_block`."""
+    b, n, v = logits.shape
+    device = logits.device
+    logits = law.dense(logits)
+    found = law.limits(logits, temperature, top_k, top_p, min_p)
+    kind, dtype = law.compute_kind(logits.dtype)
+    end = _End(b, n, dtype, device)
+    tokens, valid, sampled = tokens.contiguous(), valid.contiguous(), sampled.contiguous()
+    parents = torch.arange(-1, n - 1, device=device).repeat(b, 1)
+    draft = logits if draft_probs is None else law.dense(draft_probs)
+    laws = {
+        "drafts": draft_probs is not None,
+        "temperature": float(temperature) or 1.0,
+        "filtered": found.threshold is not None,
+        "kind": kind,
+    }
+    nodes, splits, tiny = triton.next_power_of_2(n), found.maxima.shape[-1], torch.finfo(dtype).tiny
+    ratios = torch.empty((b, n), dtype=torch.float64, device=device)
+    _ratios[(b,)](
+        ratios, logits, *logits.stride()[:2], tokens, valid, sampled, draft, *draft.stride()[:2],
+        *_pointers(found), n, splits, tiny, **laws, nodes=nodes, num_warps=1 if n <= 64 else 4,
+    )  # fmt: skip
+    block, parts, tiles = law.partition(b * n, v, widest=2048)
+    sums = torch.empty((b, n, parts), dtype=torch.float64, device=device)
+    _excesses[(b * n, parts)](
+        sums, ratios, logits, *logits.stride()[:2], tokens, sampled, draft, *draft.stride()[:2],
+        *_pointers(found), n, v, splits, parts, tiles, **laws, block=block, num_warps=4,
+    )  # fmt: skip
+    _decide[(b,)](
+        *end.verdict(), *end.ends(), ratios, sums, valid, accept, *accept.stride(), n, parts, tiny,
+        kind=kind, nodes=nodes, num_warps=1 if n <= 64 else 4,
+    )  # fmt: skip
+    # One rejection at most stands at the end of a block, and nothing is divided by its mass.
+    end.masses.fill_(1)
+    options = {**laws, "replacement": True, "nodes": nodes}
+    return end.draw(logits, (tokens, parents, valid, sampled), draft, token, found, options)
+
+
+class _End:
+    """Where each row's walk ended, as the draw needs it, and the verification that both fill in."""
+
+    def __init__(self, b: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.path = torch.empty((b, n), dtype=torch.int64, device=device)
+        self.integers = torch.empty((2, b), dtype=torch.int64, device=device)
+        self.accept_prob = torch.empty((b, n), dtype=dtype, device=device)
+        self.places = torch.empty((2, b), dtype=torch.int32, device=device)
+        self.scale = torch.empty((b,), dtype=torch.float64, device=device)
+        self.masses = torch.empty((2, b, n), dtype=torch.float64, device=device)
+
+    def verdict(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.path, self.integers[0], self.accept_prob
+
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.places[0], self.places[1], self.scale
+
+    def chain(self) -> tuple[Tensor, Tensor]:
+        return self.masses[0], self.masses[1]
+
+    def draw(
+        self,
+        logits: Tensor,
+        tree: tuple[Tensor, ...],
+        draft: Tensor,
+        token: Tensor,
+        found: law.Limits,
+        options: dict[str, object],
+    ) -> Verification:
+        """Draw each row's next token from what the walk left."""
+        b, _, v = logits.shape
+        n = logits.shape[1]
+        block, parts, tiles = law.partition(b, v, widest=1024)
+        sums = torch.empty((2, b, parts), dtype=torch.float64, device=logits.device)
+        common = (
+            *self.ends(), *self.chain(), logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2],
+            *_pointers(found), n, v, found.maxima.shape[-1], parts, tiles,
+        )  # fmt: skip
+        _remains[(b, parts)](sums[0], sums[1], *common, **options, block=block, num_warps=4)
+        width = triton.next_power_of_2(parts)
+        _draw[(b,)](
+            self.integers[1], token, token.stride(0), sums[0], sums[1], *common,
+            **options, block=block, width=width, num_warps=4,
+        )  # fmt: skip
+        return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
+
+
+def _pointers(found: law.Limits) -> tuple[Tensor, ...]:
+    # Arguments that a variant does not read still have to be pointers.
+    threshold = found.maxima if found.threshold is None else found.threshold
+    return found.maxima, found.totals, threshold, found.maxima if found.cut is None else found.cut
+
+
+def _block(v: int) -> int:
+    return int(min(4096, max(128, triton.next_power_of_2(v))))

@@ -1,0 +1,294 @@
+"""Every implementation of the decoder's operations against its definition in float64: compiled on a GPU, else
+interpreted. What an operation must not read is NaN."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from specdec_kernels.dispatch import implementations, resolve
+from specdec_kernels.ops import attention, fused, product
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Interpreting a launch takes a tenth of a second and more, and shrinking takes hundreds of them.
+COMPILED = DEVICE.type == "cuda"
+FEW = settings(
+    max_examples=settings.default.max_examples if COMPILED else max(10, settings.default.max_examples // 4),
+    phases=set(Phase) if COMPILED else {Phase.explicit, Phase.reuse, Phase.generate},
+)
+
+
+def runnable(op):
+    """The implementations that run here when asked for by name."""
+    return [name for name, problem in implementations(op, DEVICE, torch.bfloat16).items() if problem is None]
+
+
+def implementation(op, name, dtype):
+    if implementations(op, DEVICE, dtype)[name] is not None:
+        pytest.skip(f"{name} is not built for {dtype}")
+    return resolve(op, DEVICE, dtype, (), name)
+
+
+def unit(dtype):
+    """The largest relative error of one rounding; twice the usual, because the interpreter cuts bfloat16 off."""
+    return torch.finfo(dtype).eps
+
+
+def assert_same_bits(found, expected):
+    """The interpreter multiplies matrices by numpy, which sums in an order that depends on their sizes."""
+    if COMPILED:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=2 * unit(found.dtype))
+
+
+def normal(seed, *shape, dtype, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+@st.composite
+def windows(draw, most_nodes=12):
+    """Rows, committed slots of each, nodes, capacity, a bound on the slots in use and, for trees, who sees whom."""
+    rows, n = draw(st.integers(1, 3)), draw(st.integers(1, most_nodes))
+    earlier = draw(st.integers(0, 5))
+    tree = draw(st.booleans())
+    lowest = earlier if tree else 0
+    length = [lowest + draw(st.sampled_from([0, 1, 30, 63, 64, 200, 255, 256, 300])) for _ in range(rows)]
+    used = max(length) + n
+    extent = used + draw(st.sampled_from([0, 1, 250]))
+    visible = None
+    if tree:
+        width = n + earlier
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+        visible = torch.rand(rows, n, width, generator=generator) < 0.5
+        # Nothing after the node itself, which it may or may not name.
+        visible &= torch.ones(n, width, dtype=torch.bool).tril(earlier)
+    return rows, torch.tensor(length, device=DEVICE), n, extent + draw(st.integers(0, 3)), extent, visible
+
+
+@pytest.mark.parametrize("name", [name for name in runnable("tree_attention") if name != "flex"])
+@given(
+    window=windows(),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 8),
+    size=st.sampled_from([12, 16, 64, 80, 96, 128]),
+    scale=st.sampled_from([0.1, 1.0, 6.0]),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_nodes_attend_to_their_prefix_and_to_nothing_else(name, window, dtype, kv_heads, group, size, scale, seed):
+    rows, length, n, capacity, extent, visible = window
+    dtype = DTYPES[dtype]
+    attend = implementation("tree_attention", name, dtype)
+    query = normal(seed, rows, n, kv_heads * group, size, dtype=dtype, scale=scale)
+    # Groups of one cache, as the decoder has them.
+    keys, values = normal(seed + 1, 2, rows, capacity, kv_heads, size, dtype=dtype)
+    ancestors, width = None, None
+    if visible is not None:
+        ancestors, width = attention.pack_ancestors(visible.to(DEVICE)), visible.shape[2]
+    exact = attention.tree_attention(
+        query.double(), keys.double(), values.double(), length, ancestors, width=width, extent=extent
+    )
+    unread = torch.arange(capacity, device=DEVICE) >= (length + n)[:, None]
+    keys[unread], values[unread] = torch.nan, torch.nan
+    mixed = attend(query, keys, values, length, ancestors, width=width, extent=extent)
+    assert mixed.dtype == dtype
+    # Scores of size s are off by a few s u of float32, which turns weights by as much relative; weights and results
+    # are rounded to the narrow type once.
+    scores = query.float().norm(dim=-1).max() * keys[~unread].float().norm(dim=-1).max() / size**0.5
+    largest = values[~unread].float().abs().max()
+    bound = largest * (2 * unit(dtype) + 2.0**-20 * (4 + size**0.5 + 2 * scores.item()))
+    assert (mixed.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", [name for name in runnable("tree_attention") if name == "triton"])
+@given(
+    committed=st.sampled_from([0, 5, 63, 250, 255, 300]),
+    n=st.integers(1, 8),
+    group=st.sampled_from([1, 3, 4]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_a_node_mixes_the_same_bits_alone_and_in_a_window(name, committed, n, group, dtype, seed):
+    dtype = DTYPES[dtype]
+    attend = implementation("tree_attention", name, dtype)
+    query = normal(seed, 2, n, 2 * group, 64, dtype=dtype)
+    keys, values = normal(seed + 1, 2, 2, committed + n + 300, 2, 64, dtype=dtype)
+    length = torch.tensor([committed, 1], device=DEVICE)
+    together = attend(query, keys, values, length)
+    causal = torch.ones(2, n, n, dtype=torch.bool, device=DEVICE).tril()
+    as_tree = attend(query, keys, values, length, attention.pack_ancestors(causal), extent=committed + n)
+    assert_same_bits(as_tree, together)
+    for node in range(n):
+        alone = attend(query[:, node : node + 1], keys, values, length + node, extent=committed + n)
+        assert_same_bits(alone[:, 0], together[:, node])
+
+
+@given(width=st.integers(1, 64), earlier=st.integers(0, 8), seed=st.integers(0, 2**20))
+def test_bit_masks_hold_64_slots(width, earlier, seed):
+    visible = torch.rand(2, max(1, width - earlier), width, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(attention.unpack_ancestors(attention.pack_ancestors(visible), width), visible)
+
+
+def test_a_tree_wider_than_its_masks_is_refused():
+    with pytest.raises(ValueError, match="65 nodes"):
+        attention.pack_ancestors(torch.ones(1, 65, 65, dtype=torch.bool))
+
+
+def test_flex_attention_computes_the_definition():
+    # As FlexAttention without a compiler, which is what runs everywhere.
+    from specdec_kernels.ops import attention_flex
+
+    length = torch.tensor([0, 7], device=DEVICE)
+    visible = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.5
+    visible &= torch.ones(3, 5, dtype=torch.bool, device=DEVICE).tril(2)
+    query = normal(1, 2, 3, 4, 16, dtype=torch.float32)
+    keys, values = normal(2, 2, 2, 16, 2, 16, dtype=torch.float32)
+    for ancestors, width, slots in ((None, None, length), (attention.pack_ancestors(visible), 5, length + 2)):
+        expected = attention.tree_attention(query, keys, values, slots, ancestors, width=width)
+        mixed = attention_flex.tree_attention(query, keys, values, slots, ancestors, width=width)
+        torch.testing.assert_close(mixed, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", runnable("rms_norm_residual"))
+@given(
+    rows=st.integers(1, 5),
+    size=st.sampled_from([1, 7, 32, 48, 576, 3072]),
+    add=st.booleans(),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_the_norm_is_that_of_the_sum(name, rows, size, add, dtype, seed):
+    dtype = DTYPES[dtype]
+    hidden, weight = normal(seed, rows, 1, size, dtype=dtype), normal(seed + 1, size, dtype=dtype)
+    delta = normal(seed + 2, rows, 1, size, dtype=dtype) if add else None
+    total, normed = implementation("rms_norm_residual", name, dtype)(hidden, delta, weight, 1e-5)
+    exact_total = hidden.double() if delta is None else hidden.double() + delta.double()
+    assert ((total - exact_total).abs() <= unit(dtype) * exact_total.abs()).all()
+    # From the sum as it is stored: the norm is rounded once or, in torch, at most twice.
+    _, exact = fused.rms_norm_residual(total.double(), None, weight.double(), 1e-5)
+    assert ((normed - exact).abs() <= (2 * unit(dtype) + 2.0**-20) * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", runnable("silu_mul"))
+@given(
+    rows=st.integers(1, 5),
+    size=st.sampled_from([1, 7, 40, 1025]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_silu_times_up(name, rows, size, scale, dtype, seed):
+    dtype = DTYPES[dtype]
+    inner = normal(seed, rows, 2 * size, dtype=dtype, scale=scale)
+    made = implementation("silu_mul", name, dtype)(inner)
+    exact = fused.silu_mul(inner.double())
+    tiny = torch.finfo(dtype).smallest_normal * (1 + inner.double().abs().max())
+    # The hardware's exp rounds its argument first, so its relative error grows with it.
+    relative = 2 * unit(dtype) + 2.0**-20 + 2.0**-23 * inner.double().abs().max()
+    assert ((made - exact).abs() <= relative * exact.abs() + tiny).all()
+
+
+@pytest.mark.parametrize("name", runnable("rope_write"))
+@given(
+    rows=st.integers(1, 3),
+    n=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 8),
+    size=st.sampled_from([2, 12, 64, 80, 128]),
+    norm=st.booleans(),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_heads_turn_and_go_to_their_slots_and_nowhere_else(name, rows, n, kv_heads, group, size, norm, dtype, seed):
+    dtype = DTYPES[dtype]
+    heads = normal(seed, rows, n, (group + 2) * kv_heads, size, dtype=dtype)
+    weight = normal(seed + 1, (group + 1) * kv_heads, size, dtype=dtype) if norm else None
+    angle = normal(seed + 2, rows, n, size // 2, dtype=torch.float32, scale=100.0)
+    rotation = torch.stack((angle.cos(), angle.sin()), -1)
+    slots = torch.stack(
+        [torch.randperm(9, generator=torch.Generator().manual_seed(seed + row))[:n] for row in range(rows)]
+    )
+    slots = slots.to(DEVICE)
+    cache = torch.full((4, rows, 9, kv_heads, size), torch.nan, dtype=dtype, device=DEVICE)
+    exact_cache = cache.double()
+    wide = None if weight is None else weight.double()
+    exact = fused.rope_write(heads.double(), rotation.double(), slots, exact_cache[2], exact_cache[3], wide, 1e-6)
+    query = implementation("rope_write", name, dtype)(heads, rotation, slots, cache[2], cache[3], weight, 1e-6)
+    largest = exact_cache[2].nan_to_num().abs().max().maximum(exact.abs().max())
+    bound = (2 * unit(dtype) + 2.0**-19) * largest
+    assert (query - exact).abs().max() <= bound
+    assert torch.equal(cache.isnan(), exact_cache.isnan())
+    assert (cache[2] - exact_cache[2]).nan_to_num().abs().max() <= bound
+    assert torch.equal(cache[3].nan_to_num().double(), exact_cache[3].nan_to_num())
+
+
+@st.composite
+def products(draw):
+    rows, inputs = draw(st.integers(1, 20)), draw(st.sampled_from([1, 24, 64, 256, 300, 512]))
+    gated = draw(st.booleans())
+    return (
+        rows,
+        inputs,
+        draw(st.sampled_from([1, 5, 16, 40])),
+        gated,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+
+
+def make_product(case, dtype, seed):
+    rows, inputs, outputs, gated, bias, norm, residual = case
+    lines = outputs * (2 if gated else 1)
+    x, weight = normal(seed, rows, inputs, dtype=dtype), normal(seed + 1, lines, inputs, dtype=dtype)
+    options = {
+        "bias": normal(seed + 2, lines, dtype=dtype) if bias else None,
+        "norm": normal(seed + 3, inputs, dtype=dtype) if norm else None,
+        "eps": 1e-5,
+        "gated": gated,
+        "residual": normal(seed + 4, rows, outputs, dtype=dtype) if residual else None,
+    }
+    return x, weight * inputs**-0.5, options
+
+
+def widened(options):
+    return {key: value.double() if torch.is_tensor(value) else value for key, value in options.items()}
+
+
+@pytest.mark.parametrize("name", runnable("product"))
+@given(case=products(), dtype=st.sampled_from(["float16", "bfloat16"]), wide=st.booleans(), seed=st.integers(0, 2**20))
+@FEW
+def test_products_take_norms_gates_and_residuals_with_them(name, case, dtype, wide, seed):
+    dtype = DTYPES[dtype]
+    x, weight, options = make_product(case, dtype, seed)
+    out = torch.float32 if wide else None
+    made = implementation("product", name, dtype)(x, weight, **options, dtype=out)
+    exact = product.product(x.double(), weight.double(), **widened(options))
+    assert made.dtype == (out or dtype)
+    # Each term is rounded a few times, and what is rounded after the sum is no larger than the sum of the sizes.
+    absolute = {key: value.abs() if torch.is_tensor(value) else value for key, value in widened(options).items()}
+    sizes = product.product(x.double().abs(), weight.double().abs(), **absolute)
+    assert ((made - exact).abs() <= 8 * unit(dtype) * (sizes.abs() + 1)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in runnable("product") if name == "triton"])
+@given(case=products(), dtype=st.sampled_from(["float16", "bfloat16"]), seed=st.integers(0, 2**20))
+@FEW
+def test_a_row_of_a_product_is_the_same_bits_alone_and_in_company(name, case, dtype, seed):
+    dtype = DTYPES[dtype]
+    multiply = implementation("product", name, dtype)
+    x, weight, options = make_product(case, dtype, seed)
+    together = multiply(x, weight, **options)
+    for row in {0, seed % len(x), len(x) - 1}:
+        here = slice(row, row + 1)
+        residual = options["residual"]
+        alone = multiply(x[here], weight, **{**options, "residual": None if residual is None else residual[here]})
+        assert_same_bits(alone[0], together[row])
