@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from specdec.cache import keep
 from specdec.metrics import summarize
 from specdec.sampling import Sampling
 from specdec.state import init_state, output_tokens
 from specdec.step import build_step
 from specdec.text import TextRule, iterate_text
-from specdec.transforms import Parts, timed_parts, with_timing
+from specdec.transforms import Parts, timed_function, timed_parts, with_timing
 from specdec.types import STOP_REASONS, DecodeState, StepInfo
 from specdec_kernels.clock import Clock
 
@@ -56,7 +57,9 @@ def decode_rounds(job: Job) -> Iterator[Progress]:
     """Decode a batch; the first item is the state after the prefill."""
     clock = Clock(job.parts.model.device)
     parts = timed_parts(job.parts, clock)
-    step = with_timing(build_step(*parts, sampling=job.sampling, eos_ids=job.eos_ids), clock)
+    timed_keep = timed_function("cache", keep, clock)
+    step = build_step(*parts, sampling=job.sampling, eos_ids=job.eos_ids, keep=timed_keep)
+    step = with_timing(step, clock)
     begin = clock.now()
     state = init_state(
         job.prompts,
@@ -112,6 +115,7 @@ def split_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
     """`wall_s` is `prefill_s` plus `decode_s`, and `decode_s` the sum of its phases, `other_s` being the rest."""
     prefill_s, decode_s = seconds["prefill"], seconds.get("total", 0.0)
     phases = {f"{name}_s": seconds.get(name, 0.0) for name in ("draft", "verify", "accept")}
+    phases["accept_s"] += seconds.get("sampling", 0.0)
     return {
         "wall_s": prefill_s + decode_s,
         "prefill_s": prefill_s,

@@ -1,7 +1,7 @@
 """The algorithm on one screen: a round is a pure function, and decoding is its iteration."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec import metrics as counters
 from specdec import tree
 from specdec.arrays import iota
-from specdec.cache import keep
+from specdec.cache import KVCache, keep
 from specdec.sampling import Sampling
 from specdec.scoring import score
 from specdec.state import append_tokens, init_state, stop_rule, verified_tokens
@@ -40,11 +40,12 @@ def build_step(
     *,
     sampling: Sampling | None = None,
     eos_ids: Sequence[int] = (),
+    keep: Callable[..., KVCache] = keep,
 ) -> Step[Any, Any]:
     """Compose one round of speculative decoding: plan, propose, score, draw, verify, stop, commit, observe.
 
-    The step consumes the state it is given (its cache handle) and returns the next one with what happened. Raises
-    `ValueError` for parts that do not fit together.
+    The step consumes the state it is given (its cache handle) and returns the next one with what happened. `keep`
+    stands for `cache.keep`, so that it can be timed. Raises `ValueError` for parts that do not fit together.
     """
     sampling = sampling or Sampling()
     ends = tuple(eos_ids)

@@ -26,14 +26,10 @@ class Parts(NamedTuple):
 
 def timed_parts(parts: Parts, clock: Clock) -> Parts:
     """The same parts, their time added to `clock`: target forwards as `verify` (`prefill` where no logits are asked
-    for), the drafter as `draft`, the policy as `accept`."""
+    for), the drafter as `draft`, the policy's randomness as `sampling` and its verdict as `accept`."""
 
     def timed(name: str, function: F) -> F:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with clock.span("prefill" if kwargs.get("logits") is False else name):
-                return function(*args, **kwargs)
-
-        return wrapper  # type: ignore[return-value]  # a wrapper has its function's signature
+        return timed_function(name, function, clock)
 
     model, drafter, policy, controller = parts
     return Parts(
@@ -43,13 +39,24 @@ def timed_parts(parts: Parts, clock: Clock) -> Parts:
             propose=timed("draft", drafter.propose),
             observe=timed("draft", drafter.observe),
         ),
-        policy._replace(draw=timed("accept", policy.draw), verify=timed("accept", policy.verify)),
+        policy._replace(draw=timed("sampling", policy.draw), verify=timed("accept", policy.verify)),
         controller,
     )
 
 
+def timed_function(name: str, function: F, clock: Clock) -> F:
+    """`function`, its time added to `clock`; `prefill` where it is told to compute no logits."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with clock.span("prefill" if kwargs.get("logits") is False else name):
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]  # a wrapper has its function's signature
+
+
 def with_timing(step: Step[D, C], clock: Clock) -> Step[D, C]:
-    """Put the seconds of each round into `info.timing`: the phases of `timed_parts` and `total`.
+    """Put the seconds of each round into `info.timing`: the phases of `timed_parts`, `total`, and what is left of it
+    as `host`: bookkeeping, and a device that waits for its next launch.
 
     `clock` must be the one the step's parts were timed with.
     """
@@ -58,7 +65,9 @@ def with_timing(step: Step[D, C], clock: Clock) -> Step[D, C]:
         clock.drain()
         with clock.span("total"):
             state, info = step(state)
-        return state, dataclasses.replace(info, timing=clock.drain())
+        seconds = clock.drain()
+        parts = sum(seconds.values()) - seconds["total"]
+        return state, dataclasses.replace(info, timing={**seconds, "host": max(0.0, seconds["total"] - parts)})
 
     return timed_step
 
