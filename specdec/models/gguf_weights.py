@@ -1,4 +1,5 @@
-"""Dequantize a GGUF file into a Hugging Face model folder: float32 safetensors, configuration and tokenizer.
+"""Read a GGUF file: dequantized into a Hugging Face model folder (float32 safetensors, configuration and tokenizer),
+or its quantized blocks as they are.
 
 GGUF stores the same networks under other names, with three differences that matter: Llama's query and key rows are
 interleaved for another layout of the rotation, GPT-2's matrices are transposed, and Llama 3's stretched rotation
@@ -9,13 +10,17 @@ than read approximately. Tensors are converted one at a time, so memory stays at
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from specdec.models.report import ModelError, Progress, one_line, silent
+from specdec.models.weights import write_safetensors
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -72,12 +77,29 @@ _ARCHITECTURES = {
 }
 
 
-def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Write the model of the GGUF file at `path` into `folder` and return where it came from.
+# What `--quantize` calls the GGUF types whose blocks the CPU kernels hold without loss.
+_MATCHING = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
+_STACKED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 
-    Raises `ModelError` for a file that cannot be read, an architecture or tokenizer that is not known, or a tensor
-    that has no place in the model.
-    """
+
+class GGUF(NamedTuple):
+    """An opened GGUF file; its tensors are mapped, not read. `config`: as transformers describes the model."""
+
+    path: Path
+    name: str
+    architecture: _Architecture
+    config: Any
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        types = sorted({tensor.tensor_type.name for tensor in self.tensors.values()})
+        return {"architecture": self.name, "tensor_types": types}
+
+
+def open_gguf(path: Path, progress: Progress = silent) -> GGUF:
+    """Open a file; raises `ModelError` for one that cannot be read or an architecture that is not known."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -102,14 +124,87 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> dict[
             "use the model's Hugging Face folder for others"
         )
     architecture = _ARCHITECTURES[name]
-    config = _config(name, architecture, metadata, tensors)
-    _write_tokenizer(path, metadata, folder)
+    return GGUF(path, name, architecture, _config(name, architecture, metadata, tensors), metadata, tensors)
+
+
+def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Write the model of the GGUF file at `path` into `folder` and return where it came from.
+
+    Raises `ModelError` for a file that cannot be read, an architecture or tokenizer that is not known, or a tensor
+    that has no place in the model.
+    """
+    file = open_gguf(path, progress)
+    write_tokenizer(file, folder)
     # Every default spelled out, so that a reader needs no configuration class to understand the file.
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
-    generation = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "config.json").write_text(json.dumps(file.config.to_dict(), indent=2, default=str) + "\n")
+    _write_weights(file, folder / "model.safetensors", progress)
+    return file.about
+
+
+def write_tokenizer(file: GGUF, folder: Path) -> None:
+    """Write the file's tokenizer and the tokens that end an answer into `folder`."""
+    _write_tokenizer(file.path, file.metadata, folder)
+    generation = {key: getattr(file.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    _write_weights(architecture, config, tensors, folder / "model.safetensors", progress)
-    return {"architecture": name, "tensor_types": sorted({tensor.tensor_type.name for tensor in tensors.values()})}
+
+
+def matching_format(file: GGUF) -> str | None:
+    """The format of the CPU kernels that holds most of the file's matrices without loss, or `None`."""
+    types: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        if len(tensor.shape) == 2:
+            types[tensor.tensor_type.name] += int(tensor.n_elements)
+    formats: Counter[str] = Counter()
+    for name, weights in types.items():
+        if name in _MATCHING:
+            formats[_MATCHING[name]] += weights
+    if not formats or 2 * max(formats.values()) < sum(types.values()):
+        return None
+    return formats.most_common(1)[0][0]
+
+
+class Blocks(Mapping[str, Tensor]):
+    """The tensors of a GGUF file under the names of a checkpoint, for the CPU kernels: matrices of Q8_0, Q4_0 and
+    Q4_1 as rows of bytes, Q4_0 written as the Q4_1 that it is; the others in float32."""
+
+    def __init__(self, file: GGUF) -> None:
+        self._file = file
+        self._names = {_hf_name(file.architecture, name): name for name in file.tensors if name != _ROPE_FACTORS}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._names[name]
+        tensor = self._file.tensors[stored]
+        if self._keeps_blocks(stored):
+            array = _as_q4_1(tensor.data) if tensor.tensor_type.name == "Q4_0" else tensor.data
+        else:
+            array = _dequantize(tensor)
+        return torch.from_numpy(np.require(_in_order(self._file, stored, array), requirements=["C", "W"]))
+
+    def _keeps_blocks(self, stored: str) -> bool:
+        """Whether the tensor and those it is stacked with have blocks of the same kind."""
+        part = _part(stored)
+        stack = next((stack for stack in _STACKED if part in stack), (part,))
+        tensors = [self._file.tensors.get(stored.replace(part, other)) for other in stack]
+        kinds = {None if tensor is None else _MATCHING.get(tensor.tensor_type.name) for tensor in tensors}
+        matrix = len(self._file.tensors[stored].shape) == 2
+        return matrix and len(kinds) == 1 and None not in kinds and not self._file.architecture.transposed
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _as_q4_1(rows: np.ndarray) -> np.ndarray:
+    """Q4_0 blocks, d (q - 8), as Q4_1 blocks, d q + m with m = -8 d, which float16 holds exactly."""
+    blocks = rows.reshape(len(rows), -1, 18)
+    scales = blocks[:, :, :2].copy().view(np.float16)
+    minima = (np.float16(-8) * scales).view(np.uint8)
+    return np.concatenate([blocks[:, :, :2], minima, blocks[:, :, 2:]], axis=2).reshape(len(rows), -1)
 
 
 def _config(name: str, architecture: _Architecture, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
@@ -218,31 +313,37 @@ def _write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> N
     tokenizer.save_pretrained(folder)
 
 
-def _write_weights(
-    architecture: _Architecture, config: Any, tensors: Mapping[str, Any], path: Path, progress: Progress
-) -> None:
-    kept = {name: tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS}
-    shapes = {}
+def _in_order(file: GGUF, name: str, array: np.ndarray) -> np.ndarray:
+    """The rows of a tensor, or their blocks, in the checkpoint's order."""
+    part, config = _part(name), file.config
+    if part in file.architecture.interleaved:
+        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+        rest = array.shape[1:]
+        return array.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
+    return array.T if array.ndim == 2 and part in file.architecture.transposed else array
+
+
+def _write_weights(file: GGUF, path: Path, progress: Progress) -> None:
+    architecture = file.architecture
+    kept = {name: tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS}
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, tensor in kept.items():
         # GGUF lists the fastest dimension first.
-        shape = [int(size) for size in reversed(tensor.shape)]
+        shape = tuple(int(size) for size in reversed(tensor.shape))
         flip = len(shape) == 2 and _part(name) in architecture.transposed
-        shapes[_hf_name(architecture, name)] = shape[::-1] if flip else shape
+        shapes[_hf_name(architecture, name)] = torch.float32, shape[::-1] if flip else shape
 
-    def arrays() -> Iterator[np.ndarray]:
+    def arrays() -> Iterator[Tensor]:
         for done, (name, tensor) in enumerate(kept.items()):
             progress("dequantizing", done, len(kept))
-            array = _dequantize(tensor)
-            if _part(name) in architecture.interleaved:
-                heads = config.num_attention_heads if _part(name) == "attn_q" else config.num_key_value_heads
-                rest = array.shape[1:]
-                array = array.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
-            if array.ndim == 2 and _part(name) in architecture.transposed:
-                array = array.T
-            yield array
+            # torch takes only memory that may be written to.
+            yield torch.from_numpy(np.require(_in_order(file, name, _dequantize(tensor)), requirements=["C", "W"]))
         progress("dequantizing", len(kept), len(kept))
 
-    write_safetensors(path, shapes, arrays())
+    try:
+        write_safetensors(path, shapes, arrays(), {})
+    except ValueError as error:
+        raise ModelError(f"the GGUF file does not have the shapes it states ({one_line(error)})") from error
 
 
 def _part(name: str) -> str:
@@ -265,24 +366,3 @@ def _dequantize(tensor: Any) -> np.ndarray:
         return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     except NotImplementedError as error:
         raise ModelError(f"the GGUF tensor {tensor.name!r} cannot be dequantized ({one_line(error)})") from error
-
-
-def write_safetensors(path: Path, shapes: Mapping[str, list[int]], arrays: Iterator[np.ndarray]) -> None:
-    """Write float32 `arrays`, in the order of `shapes`, holding one at a time in memory.
-
-    The safetensors package writes from memory only. The format is the length of a JSON header as eight
-    little-endian bytes, the header, then the tensors in the order of their offsets.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
-            if list(array.shape) != shape:
-                raise ModelError(f"the GGUF tensor for {name!r} has shape {list(array.shape)} where {shape} is stated")
-            file.write(np.ascontiguousarray(array, dtype="<f4").data)

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from specdec.models.packing import is_packed, read_packed
 from specdec.models.report import ModelError, Progress, one_line, silent
 from specdec.models.source import Source, find_source
-from specdec.models.store import read_marker, sha256
+from specdec.models.store import problem, read_marker, sha256
 from specdec.models.tokenizer import end_ids, find_tokenizer, read_tokenizer
 from specdec.models.weights import Weights
 from specdec.types import Model
@@ -92,20 +93,24 @@ def load(
     chosen = choose_dtype(dtype, place)
     if quantize is not None and quantize not in QUANTIZED:
         raise ModelError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
-    source = find_source(name, progress or silent, trust_remote_code=trust_remote_code)
-    config = _read_config(source, trust_remote_code)
-    weights = Weights(source.folder)
-    chosen = chosen or weights.dtype
-    used, reason = _choose_adapter(adapter, config)
+    source = find_source(name, progress or silent, trust_remote_code=trust_remote_code, quantize=quantize)
+    config = read_config(source, trust_remote_code)
     label = name if source.kind in ("built-in", "hub") else Path(name).expanduser().resolve().name
-    if used == "decoder":
+    used, reason = _choose_adapter(adapter, config)
+    if is_packed(source.folder):
+        model = _packed(source, config, label, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
+        used, reason = "decoder", "its weights are packed for the CPU kernels"
+    elif used == "decoder":
         from specdec.models.decoder import build_decoder
 
-        model = build_decoder(config, weights, name=label, dtype=chosen, device=place, quantize=quantize)
+        weights = Weights(source.folder)
+        model = build_decoder(
+            config, weights, name=label, dtype=chosen or weights.dtype, device=place, quantize=quantize
+        )
     elif quantize is not None:
         raise ModelError(f"quantize {quantize!r} needs the decoder adapter, and {label} runs on another: {reason}")
     else:
-        model = _huggingface(source.folder, label, chosen, place, trust_remote_code)
+        model = _huggingface(source.folder, label, chosen or Weights(source.folder).dtype, place, trust_remote_code)
     if source.converted:
         tokenizer = read_tokenizer(source.folder)
     else:
@@ -156,7 +161,28 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _read_config(source: Source, trust_remote_code: bool) -> Any:
+def _packed(
+    source: Source, config: Any, label: str, *, adapter: str, dtype: str | None, device: str, quantize: str | None
+) -> Model:
+    """The model of a packed folder, which only the CPU kernels read; whatever else is asked for is refused."""
+    from specdec.models.decoder import build_packed
+
+    if adapter == "huggingface" or dtype not in (None, "auto", "float32") or device not in ("auto", "cpu"):
+        raise ModelError(
+            f"{label} is packed for the CPU kernels, which compute in float32 on a CPU; "
+            "leave out the adapter, dtype and device, or load the model it was made from"
+        )
+    reason = problem(source.folder)
+    if reason is not None:
+        raise ModelError(f"{source.folder} is damaged ({reason}); quantize the model again")
+    weights, format = read_packed(source.folder, config)
+    if quantize not in (None, format):
+        raise ModelError(f"{label} is packed in {format}, not {quantize}; leave quantize out")
+    return build_packed(config, weights, name=label, format=format)
+
+
+def read_config(source: Source, trust_remote_code: bool) -> Any:
+    """The configuration of a model folder; raises `ModelError` where there is none that is understood."""
     path = source.folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{source.folder} is not a model folder: it has no config.json; name a Hugging Face folder")

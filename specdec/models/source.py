@@ -18,6 +18,9 @@ PICKLE_REMEDY = (
     "(model.save_pretrained(folder)) in an environment where you trust the file"
 )
 
+# The weights of a model that is packed for the CPU kernels (`specdec.models.packing`).
+PACKED = "packed.safetensors"
+
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _INSTEAD = f"name a local model folder, a .gguf file, or a built-in model ({', '.join(BUILT_IN)})"
@@ -26,7 +29,7 @@ _INSTEAD = f"name a local model folder, a .gguf file, or a built-in model ({', '
 class Source(NamedTuple):
     """Where a model is. `kind`: `built-in`, `folder`, `gguf` or `hub`. `revision`: what pins its content, if known.
 
-    `converted`: written by the store, so its configuration spells out every default.
+    `converted`: written by specdec, so its configuration spells out every default.
     """
 
     kind: str
@@ -35,22 +38,25 @@ class Source(NamedTuple):
     converted: bool
 
 
-def find_source(name: str, progress: Progress, *, trust_remote_code: bool = False) -> Source:
+def find_source(
+    name: str, progress: Progress, *, trust_remote_code: bool = False, quantize: str | None = None
+) -> Source:
     """The folder behind `name`, fetched or converted if need be.
 
-    A path that exists wins, then the built-in names, what `list_models` calls `gguf/...`, and the hub (`owner/name`,
-    optionally `@revision`). Raises `ModelError` for a name that is none of these, pickled weights, and a hub that
+    A path that exists wins, then the built-in names, what `list_models` calls `gguf/...` or `packed/...`, and the hub
+    (`owner/name`, optionally `@revision`). A GGUF file whose blocks match the format `quantize` is repacked instead of
+    dequantized. Raises `ModelError` for a name that is none of these, pickled weights, and a hub that
     cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Source("folder", path, None, False)
+        return Source("folder", path, None, (path / PACKED).is_file())
     if path.is_file():
-        return _from_file(path, progress)
+        return _from_file(path, progress, quantize)
     if name in BUILT_IN:
         folder = store.pull(name, progress)
         return Source("built-in", folder, f"sha256:{BUILT_IN[name].sha256}", True)
-    if name.startswith("gguf/"):
+    if name.startswith(("gguf/", "packed/")):
         return _converted(store.model_path(name))
     hub_id, _, revision = name.partition("@")
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors", *PICKLES):
@@ -64,12 +70,13 @@ def find_source(name: str, progress: Progress, *, trust_remote_code: bool = Fals
     return Source("hub", folder, folder.name, False)
 
 
-def _from_file(path: Path, progress: Progress) -> Source:
+def _from_file(path: Path, progress: Progress, quantize: str | None) -> Source:
     if path.suffix in PICKLES:
         raise ModelError(f"{path} is not loaded: {PICKLE_REMEDY}")
     if path.suffix != ".gguf":
         raise ModelError(f"{path} is a file; name the folder it is in, or a .gguf file")
-    return _converted(store.pull_gguf(path, progress))
+    packed = None if quantize is None else store.pull_packed(path, quantize, progress)
+    return _converted(packed or store.pull_gguf(path, progress))
 
 
 def _converted(folder: Path) -> Source:

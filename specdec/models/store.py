@@ -1,4 +1,4 @@
-"""Where models are kept: the built-in one and dequantized GGUF files, each in a folder that is complete or absent.
+"""Where models are kept: the built-in one, converted GGUF files and packed ones, in folders complete or absent.
 
 A folder is built beside its final place and renamed into it, and a marker, `specdec.json`, is written last: it lists
 the size and hash of every file. A folder without a marker, or whose files differ in size from it, does not count as
@@ -49,10 +49,10 @@ def store_root() -> Path:
 
 
 def list_models() -> tuple[StoredModel, ...]:
-    """Every built-in model, fetched or not, then every GGUF file that was dequantized."""
+    """Every built-in model, fetched or not, then every GGUF file that was converted and every model that was packed."""
     entries = [(name, _built_in_folder(name), built_in.about) for name, built_in in BUILT_IN.items()]
-    converted = sorted(_gguf_root().glob("[!.]*"))
-    entries += [(f"gguf/{folder.name}", folder, f"dequantized from {_gguf_file(folder)}") for folder in converted]
+    for root in (_gguf_root(), packed_root()):
+        entries += [(f"{root.name}/{folder.name}", folder, _origin(folder)) for folder in sorted(root.glob("[!.]*"))]
     return tuple(
         StoredModel(name, folder, problem(folder) is None, stored_bytes(folder), source)
         for name, folder, source in entries
@@ -82,16 +82,43 @@ def pull_gguf(path: Path, progress: Progress = silent) -> Path:
 
     The file is recognised by its path, size and modification time; its hash is recorded in the marker.
     """
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder, origin = _gguf_place(path)
 
     def build(work: Path) -> dict[str, Any]:
         from specdec.models.gguf_weights import convert_gguf
 
         converted = convert_gguf(path, work, progress)
-        return {"file": str(path.resolve()), "bytes": stat.st_size, "sha256": sha256(path), **converted}
+        return {**origin, "sha256": sha256(path), **converted}
 
-    return install(_gguf_root() / f"{path.stem}-{key}", build, progress)
+    return install(folder, build, progress)
+
+
+def _gguf_place(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder for what is made of a GGUF file, and how the file is recognised."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return _gguf_root() / f"{path.stem}-{key}", {"file": str(path.resolve()), "bytes": stat.st_size}
+
+
+def pull_packed(path: Path, format: str, progress: Progress = silent) -> Path | None:
+    """The folder with the GGUF file at `path` repacked for the CPU kernels, made on first use; `None` where its blocks
+    are of another format. Recognised as in `pull_gguf`."""
+    from specdec.models.gguf_weights import matching_format, open_gguf
+    from specdec.models.quantize import refusal, repacker
+
+    folder, origin = _gguf_place(path)
+    folder = folder.with_name(f"{folder.name}-{format}")
+    if problem(folder) is None:
+        return folder
+    file = open_gguf(path, progress)
+    if matching_format(file) != format or refusal(file.config) is not None:
+        return None
+
+    def build(work: Path) -> dict[str, Any]:
+        filled = repacker(path, format)(work, progress)
+        return {**origin, "sha256": sha256(path), "weights": format, "repacked": True, **filled}
+
+    return install(folder, build, progress)
 
 
 def model_path(name: str) -> Path:
@@ -184,9 +211,20 @@ def _gguf_root() -> Path:
     return store_root() / "gguf"
 
 
-def _gguf_file(folder: Path) -> str:
+def packed_root() -> Path:
+    """The folder of models that `specdec quantize` packed."""
+    return store_root() / "packed"
+
+
+def _origin(folder: Path) -> str:
     marker = read_marker(folder)
-    return str(marker["source"]["file"]) if marker else "a file that is not known any more"
+    if marker is None:
+        return "dequantized from a file that is not known any more"
+    source = marker["source"]
+    origin = source.get("file", source.get("model"))
+    if "weights" not in source:
+        return f"dequantized from {origin}"
+    return f"{'repacked' if source.get('repacked') else 'quantized'} to {source['weights']} from {origin}"
 
 
 def _folder_of(name: str) -> Path:
@@ -263,8 +301,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelError(
-            f"cannot write the model store {store_root()} ({one_line(error)}); "
-            "free some space, or set SPECDEC_HOME to a folder that can be written"
+            f"cannot write {folder.parent} ({one_line(error)}); free some space, or name a folder that can be written "
+            f"({'SPECDEC_HOME' if folder.is_relative_to(store_root()) else '--out'})"
         ) from error
 
 

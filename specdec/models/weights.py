@@ -1,10 +1,11 @@
-"""Safetensors of a model folder as a read-only mapping; nothing is read before it is asked for.
+"""Safetensors files: those of a model folder as a read-only mapping, written one tensor at a time, read into memory.
 
 Only safetensors are opened. Pickled weights (`.bin`, `.pt`) run code while they load, so they are refused.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,81 @@ def _open(path: Path) -> Any:
         raise ModelError(
             f"{path} is not a readable safetensors file ({one_line(error)}); it may be truncated, so fetch it again"
         ) from error
+
+
+_CODES = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write `tensors`, in the order of `shapes`, holding one at a time in memory; the safetensors package writes from
+    memory only.
+
+    The format is the length of a JSON header as eight little-endian bytes, the header, then the tensors in the order
+    of their offsets. Raises `ValueError` for a tensor that is not of its stated type and shape.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, stated), tensor in zip(shapes.items(), tensors, strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != stated:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} where {stated} is stated")
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_safetensors` of what is in memory already."""
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(path, shapes, tensors.values(), metadata)
+
+
+def read_tensors(path: Path, allocate: Callable[[int], Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file and its metadata, read into the memory that `allocate(bytes)` makes; no byte
+    is in memory twice.
+
+    Raises `ModelError` for a file that is not whole.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(file.read(length))
+            metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+            tensors = {}
+            for name, entry in header.items():
+                dtype, shape = _DTYPES[entry["dtype"]], [int(axis) for axis in entry["shape"]]
+                start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+                if not 8 + length <= start <= end <= size or end - start != dtype.itemsize * math.prod(shape):
+                    raise ValueError(f"{name} does not lie in the file")
+                memory = allocate(end - start)
+                file.seek(start)
+                _fill(file, memory)
+                tensors[name] = memory.view(dtype).view(shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is not a readable safetensors file ({one_line(error)}); it may be truncated, so make it again"
+        ) from error
+    return tensors, metadata
+
+
+def _fill(file: Any, memory: Tensor) -> None:
+    # One read of the system stops at 2 GiB.
+    rest = memoryview(memory.numpy().data)
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise ValueError("it ends too early")
+        rest = rest[count:]

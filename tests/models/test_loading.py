@@ -273,14 +273,14 @@ def write_tokenizer(writer, folder, pre, merges):
 
 def write_config(writer, config):
     writer.add_context_length(config.get("max_position_embeddings", 64))
-    writer.add_embedding_length(32)
+    writer.add_embedding_length(config.get("hidden_size", 32))
     writer.add_block_count(2)
     writer.add_head_count(4)
     if config["model_type"] == "gpt2":
         writer.add_feed_forward_length(128)
         writer.add_layer_norm_eps(1e-5)
     else:
-        writer.add_feed_forward_length(48)
+        writer.add_feed_forward_length(config["intermediate_size"])
         writer.add_head_count_kv(2)
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -288,8 +288,9 @@ def write_config(writer, config):
         writer.add_rope_freq_base(10000.0)
 
 
-def write_gguf(path, folder, *, pre="gpt-2", merges=("a b",), factors=None, extra=None):
-    """The model in `folder` (llama or gpt2) as a GGUF file, float32 except for the matrix whose name is returned."""
+def write_gguf(path, folder, *, pre="gpt-2", merges=("a b",), factors=None, extra=None, types=None):
+    """The model in `folder` (llama or gpt2) as a GGUF file, float32 except for the matrix whose name is returned.
+    `types(name)`: instead, the GGUF type of each matrix whose rows fill blocks, or `None` for float32."""
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quantize
 
     config = json.loads((folder / "config.json").read_text())
@@ -309,9 +310,10 @@ def write_gguf(path, folder, *, pre="gpt-2", merges=("a b",), factors=None, extr
         if kind == "gpt2" and array.ndim == 2 and ".h." in name:
             array = np.ascontiguousarray(array.T)
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name == quantized:
-            packed = quantize(array, GGMLQuantizationType.Q8_0)
-            writer.add_tensor(theirs, packed, raw_dtype=GGMLQuantizationType.Q8_0)
+        chosen = ("Q8_0" if name == quantized else None) if types is None else types(name)
+        if chosen is not None and array.ndim == 2 and array.shape[1] % 32 == 0:
+            kind_of_blocks = GGMLQuantizationType[chosen]
+            writer.add_tensor(theirs, quantize(array, kind_of_blocks), raw_dtype=kind_of_blocks)
         else:
             writer.add_tensor(theirs, array)
     if factors is not None:
@@ -344,6 +346,46 @@ def test_gguf_file_becomes_the_model_it_was_made_from(make_folder, tmp_path, hom
     )
     assert loaded.tokenizer.apply_chat_template(QUESTION, tokenize=False).endswith("France?<end>")
     assert loaded.tokenizer.tokenize("cab<end>") == ["c", "ab", "<end>"]
+
+
+def mixed_types(name):
+    """As files in the wild mix them: the embedding finer than the layers, one matrix of a stack of another type."""
+    return {"model.embed_tokens.weight": "Q8_0", "model.layers.1.self_attn.v_proj.weight": "Q5_0"}.get(name, "Q4_1")
+
+
+@pytest.mark.parametrize(
+    ("types", "format", "exact"),
+    [
+        (lambda name: "Q8_0", "int8", True),
+        (lambda name: "Q4_0", "int4", True),
+        (lambda name: "Q4_1", "int4", True),
+        # The stack with the Q5_0 matrix is rounded again, the others are not.
+        (mixed_types, "int4", False),
+    ],
+)
+def test_gguf_blocks_are_repacked_without_a_float32_model(make_folder, tmp_path, home, types, format, exact):
+    # 64 channels, so that every matrix has whole blocks.
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
+    write_gguf(tmp_path / "m.gguf", make_folder("llama", **sizes), types=types)
+    dequantized = load(str(tmp_path / "m.gguf"), device="cpu")
+    loaded = load(str(tmp_path / "m.gguf"), device="cpu", quantize=format)
+    assert (loaded.source, loaded.model.about["weights"]) == ("gguf", format)
+    assert sorted(path.name for path in loaded.path.glob("*.safetensors")) == ["packed.safetensors"]
+    assert loaded.tokenizer.get_vocab() == dequantized.tokenizer.get_vocab()
+    assert loaded.eos_ids == dequantized.eos_ids
+    tokens = [3, 4, 5, 250, 6]
+    expected, found = logits_of(dequantized.model, tokens), logits_of(loaded.model, tokens)
+    # Inputs are rounded to 16 bits a row for int8 and to 8 bits for int4, weights are the same.
+    bound = {"int8": 1e-3, "int4": 0.03}[format] if exact else 0.06
+    assert (found - expected).norm() < bound * expected.norm()
+    assert f"repacked to {format} from {tmp_path / 'm.gguf'}" in {entry.source for entry in store.list_models()}
+
+
+def test_gguf_blocks_of_another_format_are_rounded(make_folder, tmp_path, home):
+    write_gguf(tmp_path / "m.gguf", make_folder("llama", hidden_size=64), types=lambda name: "Q8_0")
+    loaded = load(str(tmp_path / "m.gguf"), device="cpu", quantize="int4")
+    assert (loaded.path / "model.safetensors").is_file()
+    assert loaded.model.about["weights"] == "int4"
 
 
 def test_gguf_file_is_converted_once_and_listed_until_removed(make_folder, tmp_path, home, monkeypatch):
