@@ -3,10 +3,11 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,16 @@ def provenance(**settings: Any) -> dict[str, Any]:
     """Commit, versions, hardware and settings: what a number needs to be believed."""
 
     def git(*words: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    def installed(package: str) -> str | None:
+        # A tree that was copied to a machine with a GPU is not installed there.
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
 
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -74,6 +84,57 @@ def provenance(**settings: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: installed(name) for name in packages},
         "settings": settings,
     }
+
+
+class Rows:
+    """Results as JSON lines, appended as they come, so that an interrupted run goes on where it stopped.
+
+    The first line says where the numbers come from. Rows of other settings are refused: numbers of two kinds do not
+    belong into one table.
+    """
+
+    def __init__(self, path: Path, **settings: Any) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines]
+        if not found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = [json.loads(json.dumps(provenance(**settings)))]
+            path.write_text(json.dumps(found[0]) + "\n")
+        self.about, self.rows = found[0], found[1:]
+        if self.about["settings"] != json.loads(json.dumps(settings)):
+            raise SystemExit(f"{path} has rows of other settings ({self.about['settings']}); name another file")
+
+    def has(self, **key: Any) -> bool:
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Provenance and rows of a file that `Rows` wrote."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return lines[0], lines[1:]
+
+
+def origin(about: Mapping[str, Any]) -> str:
+    """One sentence on where rows come from."""
+    packages = ", ".join(f"{name} {found}" for name, found in about["packages"].items())
+    state = f"{about['commit'][:10]}{' with changes' if about['dirty'] else ''}"
+    return f"{about['cpu']}, {about['threads']} threads, Python {about['python']}, {packages}, commit {state}."
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put `text` between the comments `<!-- name -->` and `<!-- end name -->` of a Markdown file, in place."""
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    content = path.read_text()
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise SystemExit(f"{path} has no section {begin} ... {end}")
+    before, _, rest = content.partition(begin)
+    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}")

@@ -28,6 +28,20 @@ def load_target(name: str, options: Mapping[str, Any], progress: Callable[[str, 
     )
 
 
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model called `name`, without its weights where they are files of their own."""
+    if name.partition(":")[0] in TOYS:
+        return load_toy(parse(name, "toy model", TOYS).options, device="cpu").tokenizer
+    from specdec.models.report import silent
+    from specdec.models.source import find_source
+    from specdec.models.tokenizer import find_tokenizer, read_tokenizer
+
+    source = find_source(name, silent, trust_remote_code=trust_remote_code)
+    if source.converted:
+        return read_tokenizer(source.folder)
+    return find_tokenizer(source.folder, trust_remote_code=trust_remote_code)
+
+
 def encode_prompt(loaded: "Loaded", prompt: str, *, chat: bool | None, system: str | None) -> list[int]:
     """The prompt's tokens, in the model's chat template when `chat` says so, or has no opinion and there is one."""
     messages = [{"role": "system", "content": system}] if system is not None else []

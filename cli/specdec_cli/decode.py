@@ -1,7 +1,9 @@
 """`specdec decode`: continue a prompt, show the text as it is committed, and say what it took."""
 
+import dataclasses
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +17,7 @@ from specdec_cli.options import (
     SPELLING,
     check_k,
     check_sampling,
+    device_options,
     given,
     model_options,
     read_prompt,
@@ -27,7 +30,12 @@ from specdec_cli.options import (
 if TYPE_CHECKING:
     from specdec.models.loading import Loaded
     from specdec.run import Job
+    from specdec.trace.recorder import Recorder
     from specdec_cli.render import Monitor
+
+
+# What a model says of the graphs it replays and the drafts made beside it.
+_LOGS = ("graph", "draft_graph", "overlap")
 
 
 class Request(NamedTuple):
@@ -86,8 +94,10 @@ class Request(NamedTuple):
 @click.option("--system", metavar="TEXT", help="System message of the chat.")
 @sampling_options
 @model_options
+@device_options
 @click.option("--deterministic", is_flag=True, envvar="SPECDEC_DETERMINISTIC", help="Only deterministic operations.")
 @click.option("--compare", is_flag=True, help="Decode without drafts, too, and compare.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write what every round decided, for specdec replay.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.pass_context
 def decode(ctx: click.Context, /, **options: Any) -> None:
@@ -112,8 +122,8 @@ def _check(ctx: click.Context) -> Request:
         raise click.BadParameter("is empty; give the text to stop at", ctx, param_hint="'--stop'")
     if options["system"] is not None and options["chat"] is False:
         raise click.UsageError("--system is part of the chat template; leave --raw out", ctx)
-    drafter = _choose_drafter(ctx)
     policy = registry.choose_policy(options["policy"], options["temperature"])
+    drafter = _choose_drafter(ctx, policy)
     default = parse_controller(registry.DEFAULT_CONTROLLER)
     if drafter.names() == ("none",):
         for name in ("k", "controller"):
@@ -128,10 +138,10 @@ def _check(ctx: click.Context) -> Request:
     return Request(options, prompt, drafter, policy, controller)
 
 
-def _choose_drafter(ctx: click.Context) -> Choice:
+def _choose_drafter(ctx: click.Context, policy: Choice) -> Choice:
     drafter: Choice | None = ctx.params["drafter"]
     if ctx.params["draft_model"] is None:
-        return drafter or parse_drafter(registry.DEFAULT_DRAFTER)
+        return registry.choose_drafter(drafter, policy, ctx.params["k"])
     if drafter is not None and "model" not in drafter.names():
         raise click.UsageError(f"--draft-model has no effect with drafter {drafter}; use --drafter model", ctx)
     return drafter or Choice("model")
@@ -143,7 +153,9 @@ def _prepare(request: Request, monitor: "Monitor") -> tuple["Loaded", list["Job"
     monitor.phase("starting")
     import torch
 
+    from specdec.graphs import with_cuda_graph
     from specdec.models.costs import cached_costs, measure_costs
+    from specdec.overlap import accelerated
     from specdec.run import Job
     from specdec.sampling import Sampling
     from specdec.step import check_parts
@@ -166,6 +178,8 @@ def _prepare(request: Request, monitor: "Monitor") -> tuple["Loaded", list["Job"
     policy = registry.build_policy(request.policy)
     monitor.phase(f"loading {options['model']}")
     loaded = load_target(options["model"], options, monitor)
+    if options["cuda_graph"]:
+        loaded = dataclasses.replace(loaded, model=with_cuda_graph(loaded.model))
     prompt = encode_prompt(loaded, request.prompt, chat=options["chat"], system=options["system"])
     check_length(loaded, len(prompt), options["max_new_tokens"])
     drafting = registry.build_drafter(
@@ -178,8 +192,9 @@ def _prepare(request: Request, monitor: "Monitor") -> tuple["Loaded", list["Job"
     )
     check_parts(loaded.model, drafting.drafter, policy, sampling)
     controller = registry.build_controller(request.controller, target=loaded.model, drafts=drafting.models, costs=costs)
+    switches = {name: options[name] for name in ("cuda_graph", "parallel_streams", "sync_mode")}
     job = Job(
-        parts=Parts(loaded.model, drafting.drafter, policy, controller),
+        parts=accelerated(Parts(loaded.model, drafting.drafter, policy, controller), **switches),
         prompts=[prompt],
         sampling=sampling,
         rule=build_rule(loaded.tokenizer, stops=options["stop"], hidden=loaded.eos_ids),
@@ -193,13 +208,22 @@ def _prepare(request: Request, monitor: "Monitor") -> tuple["Loaded", list["Job"
         Choice("none"), target=loaded, sampling=sampling, policy=policy.name, load_draft=lambda name: loaded
     )
     nothing = registry.build_controller(Choice("fixed", {"k": 0}), target=loaded.model, drafts=(), costs=costs)
-    return loaded, [job, job._replace(parts=Parts(loaded.model, none.drafter, policy, nothing))]
+    plain = accelerated(Parts(loaded.model, none.drafter, policy, nothing), **switches)
+    return loaded, [job, job._replace(parts=plain)]
 
 
 def _run(request: Request, loaded: "Loaded", jobs: list["Job"], monitor: "Monitor") -> None:
     from specdec import run
     from specdec_cli import render
+    from specdec_kernels.profile import profiled
 
+    trace = request.options["trace_profile"]
+    recorder = None
+    if request.options["trace"] is not None:
+        from specdec.trace.recorder import Choices, Recorder
+
+        recorder = Recorder(jobs[0], Choices(str(request.drafter), str(request.policy), str(request.controller)))
+        jobs = [recorder.job, *jobs[1:]]
     if len(jobs) > 1:
         monitor.phase("warming up")
         run.warm_up(*jobs)
@@ -207,14 +231,19 @@ def _run(request: Request, loaded: "Loaded", jobs: list["Job"], monitor: "Monito
     last: dict[int, run.Progress] = {}
     parts: list[str] = []
     try:
-        for index, progress in run.decode_together(jobs):
-            last[index] = progress
-            if index == 0:
-                parts.append(progress.pieces[0])
-                monitor.text(progress.pieces[0])
-                monitor.rounds(progress, request.options["max_new_tokens"])
+        with nullcontext() if trace is None else profiled(loaded.model.device, trace):
+            for index, progress in run.decode_together(jobs):
+                last[index] = progress
+                if index == 0:
+                    if recorder is not None:
+                        recorder.observe(progress)
+                    parts.append(progress.pieces[0])
+                    monitor.text(progress.pieces[0])
+                    monitor.rounds(progress, request.options["max_new_tokens"])
     finally:
         monitor.end_text()
+    if recorder is not None:
+        _write_trace(recorder, request.options["trace"])
     report = _report(request, loaded, jobs, last, "".join(parts))
     if request.options["as_json"]:
         click.echo(json.dumps(report))
@@ -222,11 +251,25 @@ def _run(request: Request, loaded: "Loaded", jobs: list["Job"], monitor: "Monito
         render.print_report(report, loaded.tokenizer)
 
 
+def _write_trace(recorder: "Recorder", file: Path) -> None:
+    from specdec.trace import write_trace
+
+    (trace,) = recorder.traces()
+    try:
+        write_trace(trace, file)
+    except OSError as error:
+        raise ValueError(f"cannot write {file} ({error.strerror}); choose another file for --trace") from error
+    if len(trace.rounds):
+        size = file.stat().st_size
+        click.echo(f"Trace: {file}, {size} bytes, {size / len(trace.rounds):.0f} a round", err=True)
+
+
 def _report(request: Request, loaded: "Loaded", jobs: list["Job"], last: dict[int, Any], text: str) -> dict[str, Any]:
     """The JSON object; the closing table shows the same figures."""
     from specdec import run
     from specdec.divergence import first_divergence
     from specdec.types import implementations
+    from specdec_kernels.memory import memory
 
     job, options = jobs[0], request.options
     tokens = run.token_ids(last[0])
@@ -248,6 +291,8 @@ def _report(request: Request, loaded: "Loaded", jobs: list["Job"], last: dict[in
         "device": str(job.parts.model.device),
         "deterministic": options["deterministic"],
         "implementations": implementations(job.parts.model),
+        "acceleration": {name: str(log) for name, log in job.parts.model.about.items() if name in _LOGS},
+        "memory_mb": memory(job.parts.model.device),
         "metrics": run.measured(last[0]),
     }
     if len(jobs) > 1:

@@ -11,9 +11,12 @@ from specdec_cli.decode import decode
 from specdec_cli.doctor import doctor
 from specdec_cli.lab import import_lab
 from specdec_cli.models import models
+from specdec_cli.quantize import quantize
+from specdec_cli.replay import replay
 from specdec_cli.report import report
 from specdec_cli.reproduce import reproduce
 from specdec_cli.sweep import sweep
+from specdec_cli.what_if import what_if
 
 # What a shell reports for a process that an interrupt ended: 128 + SIGINT.
 _INTERRUPTED = 130
@@ -63,7 +66,10 @@ def cli(ctx: click.Context) -> None:
 cli.add_command(decode)
 cli.add_command(doctor)
 cli.add_command(models)
+cli.add_command(quantize)
 cli.add_command(sweep)
 cli.add_command(report)
 cli.add_command(reproduce)
+cli.add_command(replay)
+cli.add_command(what_if)
 cli.add_command(import_lab)

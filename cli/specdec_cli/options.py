@@ -102,6 +102,41 @@ def model_options(command: F) -> F:
     return command
 
 
+def device_options(command: F) -> F:
+    """How a device is driven, and what is recorded of it."""
+    for option in (
+        click.option(
+            "--trace-profile",
+            type=click.Path(path_type=Path, dir_okay=False, writable=True),
+            help="Write a Chrome trace of the decoding (for Perfetto); slows it down.",
+        ),
+        click.option(
+            "--sync-mode",
+            type=click.Choice(("event", "barrier")),
+            default="event",
+            show_default=True,
+            envvar="SPECDEC_SYNC_MODE",
+            help="How --parallel-streams keeps order.",
+        ),
+        click.option(
+            "--parallel-streams/--one-stream",
+            default=True,
+            show_default=True,
+            envvar="SPECDEC_PARALLEL_STREAMS",
+            help="With --cuda-graph: draft while the target verifies.",
+        ),
+        click.option(
+            "--cuda-graph",
+            is_flag=True,
+            envvar="SPECDEC_CUDA_GRAPH",
+            show_envvar=True,
+            help="Replay forwards and drafting loops as CUDA graphs.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def sampling_options(command: F) -> F:
     """How tokens are drawn."""
     for option in (
@@ -189,3 +224,10 @@ def _check_temperature(ctx: click.Context, param: click.Parameter, value: float)
     if not 0 <= value < float("inf"):
         raise click.BadParameter(f"must be a finite number >= 0, got {value:g}")
     return value
+
+
+def spec_bench_only(metrics: str | None) -> str:
+    """The metrics to print with `--spec-bench-compat`; raises `ValueError` when others are asked for."""
+    if metrics not in (None, "spec-bench"):
+        raise ValueError(f"--spec-bench-compat prints Spec-Bench's metrics; leave out --metrics {metrics}")
+    return "spec-bench"

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from specdec_cli.options import refusals
+from specdec_cli.options import refusals, spec_bench_only
 
 
 @click.command()
@@ -31,9 +31,13 @@ from specdec_cli.options import refusals
 @click.option("--no-files", is_flag=True, help="Print the table only.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write all rows as CSV.")
 @click.option("--parquet", type=click.Path(path_type=Path), help="Write all rows as Parquet.")
+@click.option(
+    "--spec-bench-compat", is_flag=True, help="Spec-Bench's metrics, beside the speedup that its script prints."
+)
 @click.option("--spec-bench-out", type=click.Path(path_type=Path), help="Write Spec-Bench answer files there.")
 def report(runs: tuple[Path, ...], form: Any, metrics: str | None, out: Path | None, **options: Any) -> None:
-    """Print the results of RUN folders, side by side, and draw their figures. Needs no model.
+    """Print the results of RUN folders, side by side, and draw their figures. Needs no model;
+    --spec-bench-compat needs its tokenizer.
 
     \b
     specdec report runs/lab
@@ -41,26 +45,30 @@ def report(runs: tuple[Path, ...], form: Any, metrics: str | None, out: Path | N
     """
     with refusals():
         from specdec.sweep import tables
-        from specdec.sweep.conventions import project
+        from specdec.sweep.conventions import COMPAT, project
         from specdec.sweep.export import write_parquet, write_rows_csv, write_spec_bench
-        from specdec.sweep.samples import read_runs
+        from specdec.sweep.samples import read_runs, uncollected
         from specdec.sweep.stats import summarize_run
 
-        found = read_runs(list(runs))
-        target = out or (found[0].folder if len(found) == 1 else None)
-        if options["no_files"] or target is None:
-            summaries = [summary for run in found for summary in summarize_run(run)]
-        else:
-            from specdec.sweep.report import write_report
+        with uncollected():
+            found = read_runs(list(runs))
+            target = out or (found[0].folder if len(found) == 1 else None)
+            if options["no_files"] or target is None:
+                summaries = [summary for run in found for summary in summarize_run(run)]
+            else:
+                from specdec.sweep.report import write_report
 
-            summaries = write_report(found, target)
-            click.echo(f"Report: {target / 'report.html'}", err=True)
+                summaries = write_report(found, target)
+                click.echo(f"Report: {target / 'report.html'}", err=True)
         synthetic = found[0].synthetic
+        compat = options["spec_bench_compat"]
+        if compat:
+            metrics = spec_bench_only(metrics)
         if metrics is None:
             text = tables.render(summaries, form, synthetic=synthetic)
         else:
-            figures = {cell: values for run in found for cell, values in project(run, metrics).items()}
-            text = tables.render_projection(figures, form, metrics, synthetic=synthetic)
+            figures = {cell: values for run in found for cell, values in project(run, metrics, compat=compat).items()}
+            text = tables.render_projection(figures, form, COMPAT if compat else metrics, synthetic=synthetic)
         click.echo(text, nl=False)
         if options["csv_file"] is not None:
             write_rows_csv(found, options["csv_file"])

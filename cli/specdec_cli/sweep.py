@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from specdec_cli.options import ADAPTERS, DTYPES, SPELLING, given, refusals, spellings
+from specdec_cli.options import ADAPTERS, DTYPES, SPELLING, given, refusals, spec_bench_only, spellings
 
 if TYPE_CHECKING:
     from specdec.sweep.config import Config
+    from specdec.sweep.runner import Execute
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Options that are no keys of the configuration.
-_OWN = ("config", "out", "metrics", "spec_bench_out")
+_OWN = ("config", "out", "metrics", "spec_bench_compat", "spec_bench_out", "ray", "ray_cpus", "ray_gpus")
 _AXES: tuple[tuple[str, Any, str], ...] = (
     ("model", str, "Folder, hub id, .gguf file, built-in name, or tabular, a toy."),
     ("drafter", str, f"How to draft: {SPELLING}."),
@@ -63,11 +64,27 @@ def axes(command: F) -> F:
 @click.option("--deterministic", is_flag=True, help="Same rows in every process; SPECDEC_DETERMINISTIC.")
 @click.option("--detailed-metrics", is_flag=True, help="Record every round's times; SPECDEC_DETAILED_METRICS.")
 @click.option("--profile", is_flag=True, help="Write profile.json; SPECDEC_PROFILE.")
+@click.option("--trace", is_flag=True, help="Write what every round decided to traces/, for specdec replay.")
+@click.option("--trace-limit", type=int, help="Rounds kept of a sample.  [default: 10000]")
 @click.option("--dry-run", is_flag=True, help="Run the whole path on a toy model; SPECDEC_DRY_RUN.")
 @click.option(
     "--metrics", type=click.Choice(("vllm", "spec-bench", "speed-bench")), help="Print another system's metrics, too."
 )
+@click.option(
+    "--spec-bench-compat", is_flag=True, help="Spec-Bench's metrics, beside the speedup that its script prints."
+)
 @click.option("--spec-bench-out", type=click.Path(path_type=Path), help="Write Spec-Bench answer files there.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Decode on a Ray cluster; without address, on one of this machine's own.",
+)
+@click.option("--ray-cpus", type=click.FloatRange(0, min_open=True), default=1.0, help="Cores of a task.  [default: 1]")
+@click.option(
+    "--ray-gpus", type=click.FloatRange(0), help="GPUs of a task, or a share of one.  [default: 1 if models are on one]"
+)
 @click.pass_context
 def sweep(ctx: click.Context, /, **options: Any) -> None:
     """Run every cell of CONFIG (YAML) and the options over the prompts, beside plain decoding.
@@ -80,12 +97,15 @@ def sweep(ctx: click.Context, /, **options: Any) -> None:
     specdec sweep examples/sweeps/lab.yaml --out runs/lab
     """
     with refusals():
+        if options["spec_bench_compat"]:
+            options["metrics"] = spec_bench_only(options["metrics"])
         from specdec.sweep.config import load_config
 
         chosen = {name: _value(name, options[name]) for name in options if name not in _OWN and given(ctx, name)}
         config = load_config(options["config"], environ=os.environ, overrides=chosen)
         folder = options["out"] or default_folder(config)
-    _run(config, folder)
+        execute = _cluster(**{name: options[name] for name in ("ray", "ray_cpus", "ray_gpus")})
+    _run(config, folder, execute)
     if not _show(folder, options):
         ctx.exit(1)
 
@@ -96,11 +116,22 @@ def default_folder(config: "Config") -> Path:
     return Path("runs") / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def _cluster(ray: str | None, ray_cpus: float, ray_gpus: float | None) -> "Execute | None":
+    """What decodes in place of this process, when `--ray` asks for it."""
+    if ray is None:
+        return None
+    if Path(ray).is_file():
+        raise ValueError(f"--ray takes {ray} for the address of a cluster; write the configuration before --ray")
+    from specdec.sweep.cluster import Cluster, on_ray
+
+    return on_ray(Cluster(ray, ray_cpus, ray_gpus))
+
+
 def _value(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _run(config: "Config", folder: Path) -> None:
+def _run(config: "Config", folder: Path, execute: "Execute | None") -> None:
     from specdec.sweep.flags import notices
     from specdec_cli.progress import SweepMonitor
 
@@ -117,6 +148,7 @@ def _run(config: "Config", folder: Path) -> None:
                 config,
                 folder,
                 environ=os.environ,
+                execute=execute,
                 started=monitor.started,
                 finished=monitor.finished,
                 progress=monitor,
@@ -141,7 +173,7 @@ def _run(config: "Config", folder: Path) -> None:
 def _show(folder: Path, options: Any) -> bool:
     """Write what is made of the rows and print the table; `False` when every sample failed."""
     from specdec.sweep import tables
-    from specdec.sweep.conventions import project
+    from specdec.sweep.conventions import COMPAT, project
     from specdec.sweep.export import write_spec_bench
     from specdec.sweep.finish import finish_folder
     from specdec.sweep.samples import read_run
@@ -151,8 +183,10 @@ def _show(folder: Path, options: Any) -> bool:
         run = read_run(folder)
         click.echo(tables.render(summaries, "markdown", synthetic=run.synthetic), nl=False)
         if options["metrics"]:
-            projected = project(run, options["metrics"])
-            text = tables.render_projection(projected, "markdown", options["metrics"], synthetic=run.synthetic)
+            compat = options["spec_bench_compat"]
+            projected = project(run, options["metrics"], compat=compat)
+            title = COMPAT if compat else options["metrics"]
+            text = tables.render_projection(projected, "markdown", title, synthetic=run.synthetic)
             click.echo("\n" + text, nl=False)
         if options["spec_bench_out"]:
             write_spec_bench(run, options["spec_bench_out"])

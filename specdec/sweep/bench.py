@@ -1,5 +1,6 @@
 """The parts behind the cells: models loaded once, a job for every cell, and the exact acceptance probability."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,10 @@ import torch
 
 from specdec import registry
 from specdec.grammar import Choice
+from specdec.graphs import with_cuda_graph
 from specdec.models.loading import Loaded
 from specdec.models.report import Progress, silent
+from specdec.overlap import accelerated
 from specdec.run import Job
 from specdec.sampling import Sampling, warp
 from specdec.step import check_parts
@@ -107,7 +110,10 @@ def prepare(
                 "device": config.device,
                 "trust_remote_code": config.trust_remote_code,
             }
-            loaded[key] = load_target(name, options, progress)
+            found = load_target(name, options, progress)
+            if config.cuda_graph:
+                found = dataclasses.replace(found, model=with_cuda_graph(found.model))
+            loaded[key] = found
         return loaded[key]
 
     def measure(model: Model) -> Mapping[int, float]:
@@ -154,8 +160,14 @@ def _prepare(
     chosen = Choice("fixed", {"k": 0}) if cell.plain else registry.parse_controller(cell.controller)
     controller = registry.build_controller(chosen, target=loaded.model, drafts=drafting.models, costs=measure)
     laws = Laws() if config.alpha and not cell.plain and cell.temperature > 0 else None
+    parts = Parts(loaded.model, drafting.drafter, laws.watch(policy) if laws else policy, controller)
     job = Job(
-        parts=Parts(loaded.model, drafting.drafter, laws.watch(policy) if laws else policy, controller),
+        parts=accelerated(
+            parts,
+            cuda_graph=config.cuda_graph,
+            parallel_streams=config.parallel_streams,
+            sync_mode=config.sync_mode,
+        ),
         prompts=(),
         sampling=sampling,
         rule=build_rule(loaded.tokenizer, hidden=loaded.eos_ids),

@@ -5,10 +5,16 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from specdec.sweep.samples import Run, Sample, used
+from specdec.sweep.journal import ROWS, read_rows
+from specdec.sweep.samples import Pair, Run, Sample, used
 from specdec.sweep.stats import pooled
+
+# Tokens of an answer, by cell and sample.
+Counts = Mapping[tuple[str, Pair], int]
+COMPAT = "spec-bench; speedup_retokenised counts the tokens of plain decoding as its script does, from the text"
 
 
 def vllm(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, Any]:
@@ -46,6 +52,45 @@ def spec_bench(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, 
     }
 
 
+def spec_bench_compat(samples: Sequence[Sample], plain: Sequence[Sample], counts: Counts) -> dict[str, Any]:
+    """`spec_bench`, and beside its `speedup` the one that the benchmark's script prints.
+
+    `speed.py` takes the number of tokens that the method reports, and for plain decoding counts those of its answers
+    anew, less one a turn (`len(tokenizer(answer).input_ids) - 1`). Where the count differs from what was decoded, its
+    speedup is off by that much; `speedup` counts both sides alike.
+    """
+    recounted = [sample._replace(emitted=counts[sample.cell, sample.pair]) for sample in used(plain)]
+    return {**spec_bench(samples, plain), "speedup_retokenised": spec_bench(samples, recounted)["speedup"]}
+
+
+def retokenise(run: Run, tokenizers: Mapping[str, Callable[[str], Mapping[str, Any]]]) -> Counts:
+    """How many tokens Spec-Bench's script counts in every answer of the plain cells. `tokenizers`: by cell."""
+    return {
+        (row["cell"], (row["iteration"], row["prompt_id"], row["turn"])): len(
+            tokenizers[row["cell"]](row["completion_text"])["input_ids"]
+        )
+        - 1
+        for row in read_rows(run.folder / ROWS)
+        if row["is_baseline"] and row["success"]
+    }
+
+
+def plain_tokenizers(run: Run) -> dict[str, Any]:
+    """The tokenizers of the plain cells, from the models that the manifest names; raises `ValueError` without one."""
+    from specdec.sweep.bench import DRY_MODEL
+    from specdec.target import load_tokenizer
+
+    if run.manifest is None:
+        raise ValueError(f"{run.name} has no MANIFEST.json, which names the tokenizer that --spec-bench-compat needs")
+    config = run.manifest.config
+    models = {cell["id"]: DRY_MODEL if config["dry_run"] else cell["model"] for cell in run.manifest.cells}
+    found = {
+        name: load_tokenizer(name, trust_remote_code=config["trust_remote_code"])
+        for name in dict.fromkeys(models.values())
+    }
+    return {cell.id: found[models[cell.id]] for cell in run.cells if cell.is_baseline}
+
+
 def speed_bench(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, Any]:
     """Acceptance length with the bonus token, and conditional acceptance by position."""
     counts = pooled(used(samples))
@@ -59,9 +104,11 @@ Convention = Callable[[Sequence[Sample], Sequence[Sample]], dict[str, Any]]
 CONVENTIONS: Mapping[str, Convention] = {"vllm": vllm, "spec-bench": spec_bench, "speed-bench": speed_bench}
 
 
-def project(run: Run, convention: str) -> dict[str, dict[str, Any]]:
-    """The figures of every cell of a run under a convention, by the cell's label."""
+def project(run: Run, convention: str, *, compat: bool = False) -> dict[str, dict[str, Any]]:
+    """The figures of every cell of a run under a convention, by the cell's label. `compat`: `spec_bench_compat`."""
     function = CONVENTIONS[convention]
+    if compat:
+        function = partial(spec_bench_compat, counts=retokenise(run, plain_tokenizers(run)))
     return {
         cell.label: function(run.samples[cell.id], run.samples.get(run.samples[cell.id][0].baseline, []))
         for cell in run.cells
@@ -72,8 +119,10 @@ def _question_speed(samples: Sequence[Sample]) -> float | None:
     tokens: dict[tuple[int, str], int] = defaultdict(int)
     seconds: dict[tuple[int, str], float] = defaultdict(float)
     for sample in samples:
+        if sample.wall_s is None:
+            continue
         question = (sample.iteration, sample.prompt_id)
         tokens[question] += sample.emitted
-        seconds[question] += sample.wall_s or 0.0
+        seconds[question] += sample.wall_s
     speeds = [tokens[question] / seconds[question] for question in tokens if seconds[question]]
     return sum(speeds) / len(speeds) if speeds else None

@@ -107,7 +107,10 @@ def write_profile(run: Run, file: Path) -> bool:
                     "draft_forward_time_ms": 1000 * seconds.get("draft", 0.0),
                     "verify_forward_time_ms": 1000 * seconds.get("verify", 0.0),
                     "acceptance_check_time_ms": 1000 * seconds.get("accept", 0.0),
-                    "kv_append_time_ms": None,
+                    "kv_append_time_ms": 1000 * seconds.get("cache", 0.0),
+                    "sampling_time_ms": 1000 * seconds.get("sampling", 0.0),
+                    "host_time_ms": 1000 * seconds.get("host", 0.0),
+                    "total_time_ms": 1000 * seconds.get("total", 0.0),
                     "accepted_len": int(seconds["accepted"]),
                     "proposed_len": int(seconds["proposed"]),
                 }
@@ -134,22 +137,21 @@ def write_profile(run: Run, file: Path) -> bool:
 
 def _aggregates(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name in ("draft_forward_time_ms", "verify_forward_time_ms", "acceptance_check_time_ms"):
+    for name in [name for name in steps[0] if name.endswith("_time_ms")]:
         values = [step[name] for step in steps]
         found |= {f"{name}_mean": fmean(values), f"{name}_std": stdev(values) if len(values) > 1 else 0.0}
     return found
 
 
 def _memory() -> dict[str, float]:
-    """The largest resident size of this process, where the platform tells it."""
-    try:
-        import resource
-    except ImportError:
-        return {}
-    import sys
+    """What this process has used, in MiB, where the platform tells it."""
+    import torch
 
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return {"max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    from specdec_kernels.memory import memory
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = {f"{name}_mb": size for name, size in memory(device).items()}
+    return {**found, "max_rss_mb": found["rss_peak_mb"]} if "rss_peak_mb" in found else found
 
 
 _ANSWER_FIELDS = (
@@ -167,7 +169,7 @@ _ANSWER_FIELDS = (
 
 
 def _answer_part(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in _ANSWER_FIELDS}
+    return {name: row[name] for name in _ANSWER_FIELDS} | {"shared_machine": row.get("shared_machine", False)}
 
 
 def _answer(run: Run, model: str, question: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -190,6 +192,7 @@ def _answer(run: Run, model: str, question: str, parts: Sequence[Mapping[str, An
         ],
         "tstamp": datetime.fromisoformat(turns[-1]["finished_at"]).timestamp(),
         "specdec_synthetic": run.synthetic,
+        "specdec_shared_machine": any(turn["shared_machine"] for turn in turns),
     }
 
 

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from specdec.sweep.export import write_profile
 from specdec.sweep.report import write_report
-from specdec.sweep.samples import read_run
+from specdec.sweep.samples import read_run, uncollected
 from specdec.sweep.stats import CellSummary
 from specdec.sweep.summary import write_json
 
 
 def finish_folder(folder: Path) -> list[CellSummary]:
     """Write summary, tables, figures, page, and the profile when rounds were recorded; returns the summaries."""
-    run = read_run(folder)
-    write_profile(run, folder / "profile.json")
-    summaries = write_report([run], folder)
-    write_json(run, summaries, folder / "summary.json")
-    return summaries
+    with uncollected():
+        run = read_run(folder)
+        write_profile(run, folder / "profile.json")
+        summaries = write_report([run], folder)
+        write_json(run, summaries, folder / "summary.json")
+        return summaries

@@ -68,6 +68,14 @@ def stated(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in FLAGS if name in environ}
 
 
+def _runs_on_cuda(config: "Config") -> bool:
+    if config.dry_run or (config.device not in ("auto", "cuda") and not config.device.startswith("cuda:")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def notices(config: "Config", environ: Mapping[str, str]) -> list[str]:
     """One sentence for each thing that was asked for and cannot be had, to be said once."""
     said = []
@@ -75,11 +83,15 @@ def notices(config: "Config", environ: Mapping[str, str]) -> list[str]:
         said.append("amp is not available: weights and arithmetic have one type; choose it with dtype")
     if not config.enable_kv_append:
         said.append("enable_kv_append cannot be switched off: every model decodes with its key-value cache")
-    if config.cuda_graph:
-        said.append("cuda_graph is not available: rounds run eagerly")
+    on_cuda = _runs_on_cuda(config)
+    if config.cuda_graph and not on_cuda:
+        said.append("cuda_graph has no effect: CUDA graphs run on NVIDIA GPUs, and rounds run eagerly here")
     asked = environ.keys() & {"SPECDEC_PARALLEL_STREAMS", "SPECDEC_SYNC_MODE"}
     if asked or not config.parallel_streams or config.sync_mode != "event":
-        said.append("parallel_streams and sync_mode have no effect: a round runs in one stream, in order")
+        if not on_cuda:
+            said.append("parallel_streams and sync_mode have no effect: a round runs in one queue here, in order")
+        elif not config.cuda_graph:
+            said.append("parallel_streams and sync_mode have no effect without cuda_graph")
     unknown = [name for name in environ if name.startswith("SPECDEC_") and name not in FLAGS and name not in _OTHERS]
     for name in unknown:
         near = get_close_matches(name, FLAGS, n=1)

@@ -5,7 +5,7 @@ next process sets aside (`rows.torn`) and forgets: that sample is run again. Onl
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,16 +87,24 @@ class Journal:
         self.torn = len(data) - end
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of `rows.jsonl`, a torn last line left out; raises `ValueError` for a damaged line before it."""
+def _parse(line: bytes) -> Any:
+    # Three times as fast as the standard library's, on a file that may hold a hundred thousand lines.
+    return from_json(line, cache_strings="keys")
+
+
+def read_rows(file: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[dict[str, Any]]:
+    """The rows of `rows.jsonl`, a torn last line left out; raises `ValueError` for a damaged line before it.
+
+    `parse`: what makes an object of a line, for readers that need a part of it only; it raises `ValueError` for what is
+    no JSON object.
+    """
     with file.open("rb") as lines:
         bad: int | None = None
         for number, line in enumerate(lines, 1):
             if bad is not None:
                 raise ValueError(f"{file}, line {bad} is damaged; remove it to run its sample again")
             try:
-                # Three times as fast as the standard library's, on a file that may hold a hundred thousand lines.
-                row = from_json(line, cache_strings="keys") if line.endswith(b"\n") else None
+                row = parse(line) if line.endswith(b"\n") else None
             except ValueError:
                 row = None
             if isinstance(row, dict):

@@ -1,7 +1,7 @@
 """One batch of one cell, decoded and measured: from prompts to rows."""
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from specdec.sweep.config import Config
 from specdec.sweep.prompts import Prompt
 from specdec.sweep.row import Row
 from specdec.target import check_length, encode_messages
+from specdec.trace.recorder import Choices, Recorder
+from specdec.trace.records import Trace
 
 
 class Sample(NamedTuple):
@@ -40,8 +42,13 @@ class _Course(NamedTuple):
     rounds: list[dict[str, float]]
 
 
-def decode_samples(prepared: Prepared, samples: Sequence[Sample], config: Config) -> list[Row]:
-    """A row for every sample, decoded together as one batch.
+def decode_samples(
+    prepared: Prepared,
+    samples: Sequence[Sample],
+    config: Config,
+    traced: Callable[[Sample, Trace], None] | None = None,
+) -> list[Row]:
+    """A row for every sample, decoded together as one batch. `traced` hears the trace of each, where `config` asks.
 
     A sample whose prompt cannot be encoded, or does not fit, fails alone; whatever else goes wrong fails the batch.
     Failures are rows, too.
@@ -58,7 +65,12 @@ def decode_samples(prepared: Prepared, samples: Sequence[Sample], config: Config
         seeds = [_seed(prepared, samples[place]) for place in places]
         job = prepared.job._replace(prompts=[encoded[place] for place in places], seeds=seeds)
         try:
-            course = _follow(prepared._replace(job=job), detailed=config.detailed_metrics or config.profile)
+            recorder = _recorder(prepared._replace(job=job), config) if config.trace and traced else None
+            job = job if recorder is None else recorder.job
+            course = _follow(prepared._replace(job=job), recorder, detailed=config.detailed_metrics or config.profile)
+            if recorder is not None and traced is not None:
+                for place, trace in zip(places, recorder.traces(), strict=True):
+                    traced(samples[place], trace)
             for row, place in enumerate(places):
                 rows[place] = _finished(prepared, samples[place], config, encoded[place], course, row)
         except Exception as error:
@@ -84,7 +96,12 @@ def _toy_text(text: str) -> str:
     return "".join(character if " " <= character <= "~" or character == "\n" else "?" for character in text)[-256:]
 
 
-def _follow(prepared: Prepared, *, detailed: bool) -> _Course:
+def _recorder(prepared: Prepared, config: Config) -> Recorder:
+    cell = prepared.cell
+    return Recorder(prepared.job, Choices(cell.drafter, cell.policy, cell.controller), limit=config.trace_limit)
+
+
+def _follow(prepared: Prepared, recorder: Recorder | None = None, *, detailed: bool) -> _Course:
     """Decode the batch and note what happens round by round."""
     rows = len(prepared.job.prompts)
     texts, lengths, depths = [""] * rows, [[] for _ in range(rows)], [[] for _ in range(rows)]  # type: ignore[var-annotated]
@@ -94,6 +111,8 @@ def _follow(prepared: Prepared, *, detailed: bool) -> _Course:
     before = [len(prompt) for prompt in prepared.job.prompts]
     last: Progress | None = None
     for progress in decode_rounds(prepared.job):
+        if recorder is not None:
+            recorder.observe(progress)
         if progress.info is not None:
             now, depth = progress.state.length.tolist(), _depths(progress)
             done, ran = progress.state.done.tolist(), progress.info.running.tolist()

@@ -62,6 +62,7 @@ def page(runs: Sequence[Run], summaries: Sequence[CellSummary], drawn: Sequence[
         facts=[_facts(run) for run in runs],
         compared=sum(not summary.cell.is_baseline for summary in summaries),
         results=tables.results_table(summaries),
+        untimed=tables.untimed(summaries),
         others=[(title, note, make(summaries)) for title, note, make in shown],
         figures=[(path.stem, _CAPTIONS[path.stem], _embedded(path.with_suffix(".svg"))) for path in drawn],
         definitions=DEFINITIONS,

@@ -25,6 +25,7 @@ TIMING_FIELDS = frozenset(
         "tokens_per_sec",
         "batch_wall_s",
         "round_seconds",
+        "shared_machine",
         "traceback",
     }
 )
@@ -125,6 +126,9 @@ class Row(BaseModel):
     latency_ms: float | None = Field(default=None, description="wall_s in milliseconds, under the lab's name")
     tokens_per_sec: float | None = Field(default=None, description="batch_tokens / batch_wall_s")
     batch_wall_s: float | None = None
+    shared_machine: bool = Field(
+        default=False, description="timed while other cells ran on the machine; no figure is made of such times"
+    )
     round_seconds: list[dict[str, float]] | None = Field(default=None, description="by phase, with detailed_metrics")
 
     @property

@@ -1,6 +1,8 @@
 """Running a sweep: every sample of every cell once, in an order that is fair to all cells, into a run folder."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,10 @@ from specdec.sweep.manifest import (
 from specdec.sweep.measure import Sample, decode_samples, encode_sample
 from specdec.sweep.prompts import Prompt, hash_prompts, load_prompts
 from specdec.sweep.row import Key, Row, row_key
+from specdec.sweep.traces import list_traces, trace_file
+from specdec.trace.records import Trace, write_trace
 
-Answers = dict[Key, str | None]
+Answers = Mapping[Key, str | None]
 
 
 class Plan(NamedTuple):
@@ -42,6 +46,39 @@ class Work(NamedTuple):
     samples: tuple[Sample, ...]
 
 
+class Done(NamedTuple):
+    """What came of a batch. `traces`: by the key of their row, where the configuration asks for them."""
+
+    rows: list[Row]
+    traces: list[tuple[Key, Trace]]
+
+
+# What decodes batches: it takes the parts of all cells, the configuration, the prompts, the batches in order, and the
+# answers that are stored, to which every batch it yields is added before the next is asked for.
+Execute = Callable[[Bench, Config, Sequence[Prompt], Iterable[Work], Answers], Iterator[Done]]
+
+
+def run_here(
+    bench: Bench,
+    config: Config,
+    prompts: Sequence[Prompt],
+    works: Iterable[Work],
+    answers: Answers,
+    progress: Progress = silent,
+) -> Iterator[Done]:
+    """Decode what is missing of the batches one after the other, in this process."""
+    missing = (work for work in works if not is_done(work, bench.cells[work.cell].cell, answers))
+    first = next(missing, None)
+    if first is None:
+        return
+    for turn in range(config.warmup):
+        for index, prepared in enumerate(bench.cells):
+            progress("warming up", turn * len(bench.cells) + index, config.warmup * len(bench.cells))
+            warm_up_cell(prepared, prompts[0], config)
+    for work in chain([first], missing):
+        yield decode_work(bench.cells[work.cell], work, config, answers)
+
+
 def run_sweep(
     config: Config,
     folder: Path,
@@ -49,6 +86,7 @@ def run_sweep(
     environ: Mapping[str, str] | None = None,
     prompts: Sequence[Prompt] | None = None,
     costs: Mapping[str, Mapping[int, float]] | None = None,
+    execute: Execute | None = None,
     started: Callable[[Plan], None] | None = None,
     finished: Callable[[Row], None] | None = None,
     progress: Progress = silent,
@@ -56,14 +94,15 @@ def run_sweep(
     """Run what is missing of a sweep in `folder`, and return what there was to do.
 
     `started` hears the plan, then `finished` every new row, once it is on the disk. Whatever ends the process, the same
-    call goes on behind the last row. `prompts` and `costs` stand for the configuration's own (`reproduce`). Raises
-    `ValueError` for a folder that was made by another configuration, or other prompts or weights.
+    call goes on behind the last row. `prompts` and `costs` stand for the configuration's own (`reproduce`). `execute`:
+    what decodes, in place of this process (`specdec.sweep.cluster`). Raises `ValueError` for a folder that was made by
+    another configuration, or other prompts or weights.
     """
     cells = expand(config)
     chosen = list(prompts) if prompts is not None else load_prompts(config.prompts, config.limit)
     with Journal(folder) as journal:
         stored = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-        answers: Answers = {row_key(row): _answer(row) for row in journal.rows()}
+        answers = {row_key(row): _answer(row) for row in journal.rows()}
         if stored is None and answers:
             raise ValueError(f"{folder} holds rows and no {MANIFEST}; choose another folder")
         if stored is not None:
@@ -83,10 +122,21 @@ def run_sweep(
         plan = Plan(tuple(cells), tuple(chosen), total, len(answers), journal.torn)
         if started is not None:
             started(plan)
-        if plan.done < plan.total:
-            _warm_up(bench, chosen, config, progress)
-        for work in schedule(cells, chosen, config.iterations):
-            _run(work, bench, config, answers, journal, finished)
+        run = execute or partial(run_here, progress=progress)
+        for done in run(bench, config, chosen, schedule(cells, chosen, config.iterations), answers):
+            for key, trace in done.traces:
+                # Before its row: a row that is there has its trace.
+                write_trace(trace, trace_file(folder, *key))
+            # A batch of which some rows were there is decoded whole, and a worker that is lost decodes twice.
+            rows = [row for row in done.rows if row.key not in answers]
+            journal.append([row.model_dump_json() for row in rows])
+            for row in rows:
+                answers[row.key] = answer_of(row)
+                if finished is not None:
+                    finished(row)
+        if config.trace:
+            stored = read_manifest(folder)
+            write_manifest(folder, stored.model_copy(update={"artifacts": stored.artifacts | list_traces(folder)}))
     return plan
 
 
@@ -108,27 +158,24 @@ def schedule(cells: Sequence[Cell], prompts: Sequence[Prompt], iterations: int) 
                 turn_of += 1
 
 
-def _run(
-    work: Work,
-    bench: Bench,
-    config: Config,
-    answers: Answers,
-    journal: Journal,
-    finished: Callable[[Row], None] | None,
-) -> None:
-    """Decode a batch unless all its rows are there. A batch of which some are missing is decoded whole, so that it is
-    the same batch, and only the missing rows are added."""
-    prepared = bench.cells[work.cell]
-    keys = [(prepared.cell.id, sample.iteration, sample.prompt.id, sample.turn) for sample in work.samples]
-    if all(key in answers for key in keys):
-        return
+def is_done(work: Work, cell: Cell, answers: Answers) -> bool:
+    """Whether every row of a batch is there."""
+    return all(_key(cell, sample) in answers for sample in work.samples)
+
+
+def decode_work(prepared: Prepared, work: Work, config: Config, answers: Answers) -> Done:
+    """Decode a batch whole, also when some of its rows are there, so that it is the same batch."""
     samples = [_with_answers(sample, prepared.cell.id, answers) for sample in work.samples]
-    rows = [row for row in decode_samples(prepared, samples, config) if row.key not in answers]
-    journal.append([row.model_dump_json() for row in rows])
-    for row in rows:
-        answers[row.key] = row.completion_text if row.success else None
-        if finished is not None:
-            finished(row)
+    traces: list[tuple[Key, Trace]] = []
+
+    def traced(sample: Sample, trace: Trace) -> None:
+        traces.append((_key(prepared.cell, sample), trace))
+
+    return Done(decode_samples(prepared, samples, config, traced), traces)
+
+
+def _key(cell: Cell, sample: Sample) -> Key:
+    return (cell.id, sample.iteration, sample.prompt.id, sample.turn)
 
 
 def _with_answers(sample: Sample, cell: str, answers: Answers) -> Sample:
@@ -137,21 +184,19 @@ def _with_answers(sample: Sample, cell: str, answers: Answers) -> Sample:
     return sample._replace(earlier=tuple(answer or "" for answer in earlier))
 
 
-def _warm_up(bench: Bench, prompts: Sequence[Prompt], config: Config, progress: Progress) -> None:
-    """A few rounds of every cell that nobody counts, `warmup` times; a cell that cannot run says so in its rows."""
-    for turn in range(config.warmup):
-        for index, prepared in enumerate(bench.cells):
-            progress("warming up", turn * len(bench.cells) + index, config.warmup * len(bench.cells))
-            _warm_up_cell(prepared, prompts[0], config)
-
-
-def _warm_up_cell(prepared: Prepared, prompt: Prompt, config: Config) -> None:
+def warm_up_cell(prepared: Prepared, prompt: Prompt, config: Config) -> None:
+    """A few rounds that nobody counts; a cell that cannot run says so in its rows."""
     try:
         tokens = encode_sample(prepared, Sample(0, prompt, 0, 0), config)
         warm_up(prepared.job._replace(prompts=[tokens] * prepared.cell.batch_size))
     except Exception:
         # The same failure comes again with the first sample, and is recorded there.
         return
+
+
+def answer_of(row: Row) -> str | None:
+    """What later turns see of a row; a turn that failed left nothing."""
+    return row.completion_text if row.success else None
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

@@ -1,16 +1,26 @@
 """Reading rows back, as little of each as figures need: a hundred thousand rows are a hundred megabytes."""
 
-from collections.abc import Callable, Iterable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic_core import SchemaValidator, core_schema
+
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.manifest import MANIFEST, Manifest, read_manifest
 
+# Iteration, prompt, turn.
+Pair = tuple[int, str, int]
+
 
 class Sample(NamedTuple):
-    """A row without its texts. `tokens`: hash of the new tokens, to compare outputs. Fields are those of `Row`."""
+    """A row without its texts. `tokens`: hash of the new tokens, to compare outputs. Fields are those of `Row`.
+
+    Times that were measured while cells shared a machine are `None`: no figure is made of them.
+    """
 
     cell: str
     baseline: str
@@ -41,10 +51,11 @@ class Sample(NamedTuple):
     verify_s: float | None
     accept_s: float | None
     other_s: float | None
+    shared_machine: bool
     tokens: int
 
     @property
-    def pair(self) -> tuple[int, str, int]:
+    def pair(self) -> Pair:
         """What it shares with the plain sample it is compared with."""
         return (self.iteration, self.prompt_id, self.turn)
 
@@ -94,7 +105,7 @@ def read_run(folder: Path) -> Run:
     hists: dict[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = {}
     texts: dict[str, str] = {}
     try:
-        for row in read_rows(file):
+        for row in read_rows(file, _parse):
             kinds.add(bool(row["synthetic"]))
             sample = _sample(row, hists, texts)
             if sample.cell not in cells:
@@ -125,9 +136,27 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's search for cycles: rows hold none, and looking for them in a hundred thousand takes a third of
+    the time of a report."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
 def used(samples: Iterable[Sample]) -> list[Sample]:
     """The samples that succeeded."""
     return [sample for sample in samples if sample.success]
+
+
+def columns(samples: Sequence[Sample]) -> dict[str, tuple[Any, ...]]:
+    """The samples by field."""
+    return dict(zip(Sample._fields, zip(*samples, strict=True) if samples else [()] * len(Sample._fields), strict=True))
 
 
 def _sample(row: dict[str, Any], hists: dict[Any, Any], texts: dict[str, str]) -> Sample:
@@ -136,32 +165,25 @@ def _sample(row: dict[str, Any], hists: dict[Any, Any], texts: dict[str, str]) -
         row[name] = texts.setdefault(row[name], row[name])
     hist = tuple(map(tuple, row["hist"]))
     row["hist"] = hists.setdefault(hist, hist)
+    # Rows of before sweeps could run on a cluster have no such field.
+    if row.setdefault("shared_machine", False):
+        row.update(_UNTIMED)
     return Sample._make((*_fields(row), hash(tuple(row["completion_token_ids"]))))
 
 
 def _cell(row: dict[str, Any], run: str) -> CellInfo:
-    return CellInfo(
-        row["cell"],
-        row["cell"],
-        run,
-        **{
-            name: row[name]
-            for name in (
-                "model",
-                "drafter",
-                "policy",
-                "controller",
-                "k",
-                "temperature",
-                "max_new_tokens",
-                "batch_size",
-                "seed",
-                "device",
-                "dtype",
-                "is_baseline",
-            )
-        },
-    )
+    return CellInfo(row["cell"], row["cell"], run, **{name: row[name] for name in _CELL})
 
 
 _fields: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*Sample._fields[:-1])
+_CELL = tuple(name for name in CellInfo._fields if name not in ("id", "label", "run"))
+_TIMES = ("latency_ms", "tokens_per_sec", "time_to_first_token_s", "per_token_latency_s", "kv_append_time_ms")
+_UNTIMED = dict.fromkeys((*_TIMES, *(name for name in Sample._fields if name.endswith("_s"))))
+_NEEDED = {*Sample._fields[:-1], *_CELL, "synthetic", "completion_token_ids"}
+# Objects are made of the needed fields only, which saves two fifths of the time of reading everything.
+_parse = SchemaValidator(
+    core_schema.typed_dict_schema(
+        {name: core_schema.typed_dict_field(core_schema.any_schema(), required=False) for name in _NEEDED},
+        extra_behavior="ignore",
+    )
+).validate_json

@@ -1,19 +1,19 @@
 """From samples to the figures of a cell, with intervals. Definitions: `specdec.sweep.definitions`."""
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from statistics import fmean
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from specdec.rates import rates
-from specdec.sweep.samples import CellInfo, Run, Sample, used
+from specdec.sweep.samples import CellInfo, Pair, Run, Sample, columns, used
 
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
 # Resampling three or four prompts gives intervals that look far too sure.
 _FEWEST_UNITS = 5
+PHASES = ("prefill", "draft", "verify", "accept", "other")
 
 
 class Spread(NamedTuple):
@@ -41,11 +41,12 @@ class Speedup(NamedTuple):
 
 class CellSummary(NamedTuple):
     """A row of the results. `counts`: see `specdec.rates`, over all samples. `seconds`: share of the time
-    by phase."""
+    by phase, `None` without times. `shared`: samples whose times are left out, because cells shared a machine."""
 
     cell: CellInfo
     n: int
     failures: int
+    shared: int
     tokens_per_sec: Spread
     latency_ms: Spread
     time_to_first_token_ms: Spread
@@ -59,7 +60,7 @@ class CellSummary(NamedTuple):
     alpha: float | None
     speedup: Speedup | None
     identical: float | None
-    seconds: dict[str, float]
+    seconds: dict[str, float | None]
     categories: dict[str, "CategorySummary"]
 
 
@@ -73,73 +74,83 @@ class CategorySummary(NamedTuple):
     speedup: Speedup | None
 
 
+class Plain(NamedTuple):
+    """What cells are compared with, by what makes a pair: speeds and hashes of the tokens of plain decoding."""
+
+    speeds: Mapping[Pair, float]
+    tokens: Mapping[Pair, int]
+
+
 def summarize_run(run: Run) -> list[CellSummary]:
     """A summary of every cell of a run."""
-    return [summarize_cell(cell, run.samples[cell.id], _plain_of(cell, run)) for cell in run.cells]
+    baseline = {cell.id: run.samples[cell.id][0].baseline for cell in run.cells}
+    plain = {name: _plain(run.samples.get(name, [])) for name in dict.fromkeys(baseline.values())}
+    return [_summarize(cell, run.samples[cell.id], plain[baseline[cell.id]]) for cell in run.cells]
 
 
 def summarize_cell(cell: CellInfo, samples: Sequence[Sample], plain: Sequence[Sample]) -> CellSummary:
     """The figures of `samples`; `plain`: those of its baseline."""
-    good, partners = used(samples), used(plain)
-    counts = pooled(good)
-    positions = sum(sample.alpha_positions for sample in good)
-    total = sum(sample.wall_s or 0.0 for sample in good)
-    by_category: dict[str, list[Sample]] = defaultdict(list)
-    for sample in good:
-        by_category[sample.category].append(sample)
+    return _summarize(cell, samples, _plain(plain))
+
+
+def _summarize(cell: CellInfo, samples: Sequence[Sample], plain: Plain) -> CellSummary:
+    good = used(samples)
+    column = columns(good)
+    total = _sum(column["wall_s"])
+    positions = sum(column["alpha_positions"])
+    law = zip(column["alpha"], column["alpha_positions"], strict=True)
+    ratios = zip(column["accepted"], column["drafted"], strict=True)
+    pairs = _pairs(good, plain)
     return CellSummary(
         cell=cell,
         n=len(samples),
         failures=len(samples) - len(good),
-        tokens_per_sec=spread(sample.tokens_per_sec for sample in good),
-        latency_ms=spread(sample.latency_ms for sample in good),
-        time_to_first_token_ms=spread(_milli(sample.time_to_first_token_s) for sample in good),
-        per_token_latency_ms=spread(_milli(sample.per_token_latency_s) for sample in good),
-        acceptance_rate=spread(sample.accepted / sample.drafted if sample.drafted else None for sample in good),
-        proposed=spread(float(sample.drafted) for sample in good),
-        accepted=spread(float(sample.accepted) for sample in good),
-        kv_appended_tokens=spread(float(sample.kv_appended_tokens) for sample in good),
-        kv_append_time_ms=spread(sample.kv_append_time_ms for sample in good),
-        counts=counts,
-        alpha=(
-            sum((sample.alpha or 0.0) * sample.alpha_positions for sample in good) / positions if positions else None
-        ),
-        speedup=paired_speedup(good, partners),
-        identical=_identical(good, partners) if _must_equal(cell) else None,
-        seconds={
-            phase: sum(getattr(sample, f"{phase}_s") or 0.0 for sample in good) / total if total else 0.0
-            for phase in ("prefill", "draft", "verify", "accept", "other")
-        },
-        categories={
-            name: _category(members, [sample for sample in partners if sample.category == name])
-            for name, members in by_category.items()
-        },
+        shared=sum(column["shared_machine"]),
+        tokens_per_sec=spread(column["tokens_per_sec"]),
+        latency_ms=spread(column["latency_ms"]),
+        time_to_first_token_ms=spread(column["time_to_first_token_s"], unit=1000.0),
+        per_token_latency_ms=spread(column["per_token_latency_s"], unit=1000.0),
+        acceptance_rate=spread([accepted / drafted if drafted else None for accepted, drafted in ratios]),
+        proposed=spread(column["drafted"]),
+        accepted=spread(column["accepted"]),
+        kv_appended_tokens=spread(column["kv_appended_tokens"]),
+        kv_append_time_ms=spread(column["kv_append_time_ms"]),
+        counts=pooled(good),
+        alpha=sum((alpha or 0.0) * count for alpha, count in law) / positions if positions else None,
+        speedup=_speedup(pairs),
+        identical=_identical(good, plain) if _must_equal(cell) else None,
+        seconds={phase: _sum(column[f"{phase}_s"]) / total if total else None for phase in PHASES},
+        categories=dict(_categories(good, pairs)),
     )
 
 
 def pooled(samples: Sequence[Sample]) -> dict[str, Any]:
     """Counters and rates over all rounds of `samples`, by the library's own definitions."""
-    size = max((len(sample.hist) for sample in samples), default=1)
-    hist = np.zeros((size, size), dtype=np.int64)
-    for key, times in Counter(sample.hist for sample in samples).items():
-        hist[: len(key), : len(key)] += times * np.asarray(key, dtype=np.int64)
-
-    def total(name: str) -> int:
-        return sum(getattr(sample, name) for sample in samples)
-
     return rates(
-        hist.tolist(),
-        drafted=total("drafted"),
-        emitted=total("emitted"),
-        target_forwards=total("target_forwards"),
-        draft_forwards=total("draft_forwards"),
+        _sum_hists([sample.hist for sample in samples]),
+        drafted=sum([sample.drafted for sample in samples]),
+        emitted=sum([sample.emitted for sample in samples]),
+        target_forwards=sum([sample.target_forwards for sample in samples]),
+        draft_forwards=sum([sample.draft_forwards for sample in samples]),
     )
 
 
-def spread(values: Iterable[float | None]) -> Spread:
-    """Mean, median, standard deviation, extremes of the values that are there."""
+def _sum_hists(hists: Sequence[tuple[tuple[int, ...], ...]]) -> list[list[int]]:
+    """The sum of square histograms, the small ones at the beginning of the large ones."""
+    by_size: dict[int, list[tuple[tuple[int, ...], ...]]] = defaultdict(list)
+    for hist in hists:
+        by_size[len(hist)].append(hist)
+    size = max(by_size, default=1)
+    total = np.zeros((size, size), dtype=np.int64)
+    for part, same in by_size.items():
+        total[:part, :part] += np.asarray(same, dtype=np.int64).sum(0)
+    return total.tolist()
+
+
+def spread(values: Sequence[float | int | None], unit: float = 1.0) -> Spread:
+    """Mean, median, standard deviation, extremes of the values that are there, times `unit`."""
     # What is not there becomes not a number.
-    found = np.asarray(list(values), dtype=float)
+    found = unit * np.asarray(values, dtype=float)
     found = found[~np.isnan(found)]
     if not len(found):
         return Spread(0, None, None, None, None, None)
@@ -153,24 +164,32 @@ def paired_speedup(samples: Sequence[Sample], plain: Sequence[Sample]) -> Speedu
     Pairs share prompt, turn and iteration. The repetitions of a prompt are averaged first, in logarithms, because they
     are no independent evidence; the interval resamples prompts.
     """
-    speeds = {sample.pair: sample.tokens_per_sec for sample in plain if sample.tokens_per_sec}
-    pairs = [
-        (sample.prompt_id, sample.tokens_per_sec, speeds[sample.pair])
+    return _speedup(_pairs(samples, _plain(plain)))
+
+
+def _pairs(samples: Sequence[Sample], plain: Plain) -> list[tuple[str, str, float, float]]:
+    """Category, prompt, speed and speed of plain decoding of what has both speeds."""
+    return [
+        (sample.category, sample.prompt_id, sample.tokens_per_sec, slow)
         for sample in samples
-        if sample.tokens_per_sec and sample.pair in speeds
+        if sample.tokens_per_sec and (slow := plain.speeds.get(sample.pair))
     ]
+
+
+def _speedup(pairs: Sequence[tuple[str, str, float, float]]) -> Speedup | None:
     if not pairs:
         return None
-    logs: dict[str, list[float]] = defaultdict(list)
-    for prompt, fast, slow in pairs:
-        logs[prompt].append(math.log(fast / slow))
-    units = [fmean(values) for values in logs.values()]
-    low, high = interval(units)
+    _, prompts, fast, slow = zip(*pairs, strict=True)
+    place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    codes = [place[prompt] for prompt in prompts]
+    logs = np.log(np.asarray(fast) / np.asarray(slow))
+    units = np.bincount(codes, logs) / np.bincount(codes)
+    low, high = interval(units.tolist())
     return Speedup(
-        ratio=math.exp(fmean(units)),
+        ratio=math.exp(units.mean()),
         low=None if low is None else math.exp(low),
         high=None if high is None else math.exp(high),
-        of_means=sum(fast for _, fast, _ in pairs) / sum(slow for _, _, slow in pairs),
+        of_means=sum(fast) / sum(slow),
         prompts=len(units),
         pairs=len(pairs),
     )
@@ -183,10 +202,11 @@ def interval(units: Sequence[float]) -> tuple[float | None, float | None]:
 
     if len(units) < _FEWEST_UNITS:
         return None, None
-    if min(units) == max(units):
-        return units[0], units[0]
+    values = np.asarray(units, dtype=float)
+    if values.min() == values.max():
+        return float(values[0]), float(values[0])
     found = bootstrap(
-        (np.asarray(units),),
+        (values,),
         np.mean,
         confidence_level=_CONFIDENCE,
         n_resamples=_RESAMPLES,
@@ -198,19 +218,34 @@ def interval(units: Sequence[float]) -> tuple[float | None, float | None]:
     return float(found.low), float(found.high)
 
 
-def _plain_of(cell: CellInfo, run: Run) -> list[Sample]:
-    return run.samples.get(run.samples[cell.id][0].baseline, [])
-
-
-def _category(samples: Sequence[Sample], plain: Sequence[Sample]) -> CategorySummary:
-    counts = pooled(samples)
-    return CategorySummary(
-        len(samples),
-        spread(sample.tokens_per_sec for sample in samples).mean,
-        counts["acceptance_rate"],
-        counts["mean_accepted_length"],
-        paired_speedup(samples, plain),
+def _plain(samples: Sequence[Sample]) -> Plain:
+    good = [(sample.pair, sample) for sample in samples if sample.success]
+    return Plain(
+        {pair: sample.tokens_per_sec for pair, sample in good if sample.tokens_per_sec},
+        {pair: sample.tokens for pair, sample in good},
     )
+
+
+def _categories(
+    samples: Sequence[Sample], pairs: Sequence[tuple[str, str, float, float]]
+) -> Iterator[tuple[str, CategorySummary]]:
+    members, paired = defaultdict(list), defaultdict(list)
+    for sample in samples:
+        members[sample.category].append(sample)
+    for pair in pairs:
+        paired[pair[0]].append(pair)
+    for name, those in members.items():
+        counts = pooled(those)
+        yield (
+            name,
+            CategorySummary(
+                len(those),
+                spread([sample.tokens_per_sec for sample in those]).mean,
+                counts["acceptance_rate"],
+                counts["mean_accepted_length"],
+                _speedup(paired[name]),
+            ),
+        )
 
 
 def _must_equal(cell: CellInfo) -> bool:
@@ -218,11 +253,10 @@ def _must_equal(cell: CellInfo) -> bool:
     return not cell.is_baseline and (cell.temperature == 0 or cell.policy == "coupled")
 
 
-def _identical(samples: Sequence[Sample], plain: Sequence[Sample]) -> float | None:
-    tokens = {sample.pair: sample.tokens for sample in plain}
-    same = [sample.tokens == tokens[sample.pair] for sample in samples if sample.pair in tokens]
+def _identical(samples: Sequence[Sample], plain: Plain) -> float | None:
+    same = [sample.tokens == plain.tokens[sample.pair] for sample in samples if sample.pair in plain.tokens]
     return sum(same) / len(same) if same else None
 
 
-def _milli(seconds: float | None) -> float | None:
-    return None if seconds is None else 1000 * seconds
+def _sum(seconds: Iterable[float | None]) -> float:
+    return math.fsum(second for second in seconds if second)

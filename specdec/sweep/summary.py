@@ -88,6 +88,7 @@ def columns(summary: CellSummary) -> dict[str, Any]:
         "max_new_tokens": cell.max_new_tokens,
         "batch_size": cell.batch_size,
         "seed": cell.seed,
+        "n_shared_machine": summary.shared,
         "speedup": speedup and speedup.ratio,
         "speedup_low": speedup and speedup.low,
         "speedup_high": speedup and speedup.high,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from specdec.sweep.definitions import DEFINITIONS
-from specdec.sweep.stats import CellSummary, Speedup, Spread
+from specdec.sweep.stats import PHASES, CellSummary, Speedup, Spread
 from specdec.sweep.summary import columns
 
 Format = Literal["markdown", "latex", "csv"]
@@ -29,8 +29,14 @@ def render(summaries: Sequence[CellSummary], form: Format, *, synthetic: bool) -
     absent |= {"identical_to_plain"} if all(part.identical is None for part in summaries) else set()
     names = [name for name in (*_SHOWN, *_MORE) if name not in absent]
     table = _grid(results_table(summaries), form, numbers_from=2)
-    notes = [f"{name}: {DEFINITIONS[name]}" for name in names]
+    notes = [*untimed(summaries), *(f"{name}: {DEFINITIONS[name]}" for name in names)]
     return _with_notes(table, notes, form, synthetic=synthetic)
+
+
+def untimed(summaries: Sequence[CellSummary]) -> list[str]:
+    """What a reader must be told when times are left out."""
+    shared, total = sum(summary.shared for summary in summaries), sum(summary.n for summary in summaries)
+    return [f"{shared} of {total} samples shared the machine with other cells: their times are left out"] * (shared > 0)
 
 
 def render_projection(
@@ -79,12 +85,11 @@ def positions_table(summaries: Sequence[CellSummary]) -> Table:
 
 def times_table(summaries: Sequence[CellSummary]) -> Table:
     """Where the time goes."""
-    phases = ("prefill", "draft", "verify", "accept", "other")
     rows = [
-        [summary.cell.label, *(_percent(summary.seconds[phase]) for phase in phases), _spread(summary.latency_ms, 0)]
+        [summary.cell.label, *(_percent(summary.seconds[phase]) for phase in PHASES), _spread(summary.latency_ms, 0)]
         for summary in summaries
     ]
-    return ["share of time", *phases, "latency, ms"], rows
+    return ["share of time", *PHASES, "latency, ms"], rows
 
 
 def _result(summary: CellSummary, laws: bool, same: bool) -> list[str]:

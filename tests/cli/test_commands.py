@@ -14,6 +14,7 @@ import specdec
 from specdec import registry
 from specdec.models.loading import Loaded
 from specdec_cli.main import cli
+from specdec_kernels.dispatch import OPERATIONS
 
 
 def invoke(*args: str) -> Result:
@@ -58,6 +59,11 @@ def test_doctor_says_what_would_run() -> None:
     assert found["cpu"]["threads"] >= 1
     assert (found["device"], found["dtype"]) == ("cpu", "float32")
     assert found["implementations"]["linear"].keys() == {"use", "because", "not"}
+    for op, rows in OPERATIONS.items():
+        entry = found["implementations"][op]
+        # Of what does not run, each says why.
+        assert {entry["use"], *entry["not"]} == {row.name for row in rows}
+        assert all(entry["not"].values())
     assert "smollm2-135m" in found["models"]
     shown = invoke("doctor", "--device", "cpu").stdout
     assert "linear" in shown

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec.sweep.conventions import spec_bench, speed_bench, vllm
+from specdec.sweep.conventions import spec_bench, spec_bench_compat, speed_bench, vllm
 from specdec.sweep.samples import CellInfo, Sample
 from specdec.sweep.stats import interval, paired_speedup, spread, summarize_cell
 
@@ -34,9 +34,10 @@ def sample(prompt: str = "0", speed: float = 10.0, **values: Any) -> Sample:
         "hist": ((1, 0, 0), (1, 0, 0), (1, 0, 1)),
         "alpha_positions": 0,
         "kv_appended_tokens": 6,
-        "tokens_per_sec": speed,
+        "tokens_per_sec": float(speed),
         "wall_s": 6 / speed,
         "latency_ms": 6000 / speed,
+        "shared_machine": False,
         "tokens": 1,
     }
     return Sample(**{**defaults, **values})
@@ -109,3 +110,11 @@ def test_conventions_are_projections_of_the_histogram() -> None:
     assert bench["tokens_per_second"] == pytest.approx(12 / (0.6 + 0.2))
     assert bench["speedup"] == pytest.approx(15 / 5)
     assert speed_bench(rows, [])["conditional_acceptance_rate"] == [pytest.approx(1 / 3), 1.0]
+
+
+def test_spec_bench_compat_counts_only_the_plain_answers_anew() -> None:
+    # The script counts 3 tokens where 6 were decoded: plain decoding looks half as fast, the method twice.
+    plain = [sample("a", 5, cell="plain"), sample("b", 5, cell="plain", success=False)]
+    found = spec_bench_compat([sample("a", 10)], plain, {("plain", (0, "a", 0)): 3})
+    assert found["speedup"] == pytest.approx(2)
+    assert found["speedup_retokenised"] == pytest.approx(4)
