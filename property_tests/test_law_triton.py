@@ -15,6 +15,8 @@ from specdec_kernels.ops import law
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = implementations("verify_lossless", DEVICE, torch.float64)["triton"]
+# Interpreted, one chain takes a minute or two and the others many.
+compiled_only = pytest.mark.skipif(DEVICE.type == "cpu", reason="takes the interpreter too long")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton {REASON}")
 TEMPERATURE = 0.8
 
@@ -50,7 +52,7 @@ def assert_is(found, wanted):
     assert sum(abs(found[token] - weight) for token, weight in enumerate(wanted.tolist())) / 2 < 1e-9
 
 
-@pytest.mark.parametrize("op", ["verify_lossless", "verify_block"])
+@pytest.mark.parametrize("op", ["verify_lossless", pytest.param("verify_block", marks=compiled_only)])
 def test_a_sampled_draft_is_verified_exactly(op):
     logits = torch.tensor([[[0.3, -0.4], [1.0, -1.0]]], dtype=torch.float64)
     laws = torch.tensor([[[0.35, 0.65], [0.0, 0.0]]], dtype=torch.float64)
@@ -60,7 +62,7 @@ def test_a_sampled_draft_is_verified_exactly(op):
     assert_is(found, law.warp(logits[0, 0], temperature=TEMPERATURE))
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter takes many minutes for three coins")
+@compiled_only
 def test_siblings_drawn_without_replacement_are_verified_exactly():
     logits = torch.tensor([[[0.3, -0.4, 0.9]] * 3], dtype=torch.float64)
     laws = torch.tensor([[[0.5, 0.3, 0.2], [0.0] * 3, [0.0] * 3]], dtype=torch.float64)

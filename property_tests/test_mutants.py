@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specdec import controllers, drafters, policies
+from specdec.cache import keep
 from specdec.law import output_law, target_law, total_variation
 from specdec.models.tabular import from_table, tabular, tabular_draft
 from specdec.sampling import Sampling
@@ -127,12 +128,9 @@ def test_uniforms_reused_between_rounds_are_rejected():
 
 
 def test_a_cache_that_keeps_a_rejected_slot_is_rejected(monkeypatch):
-    step_module = __import__("specdec.step", fromlist=["keep"])
-    honest_keep = step_module.keep
     monkeypatch.setattr(
-        step_module,
-        "keep",
-        lambda cache, base, nodes, count: honest_keep(
+        "specdec.cache.keep",
+        lambda cache, base, nodes, count: keep(
             cache, base, None if nodes is None else torch.where(nodes > 0, nodes - 1, nodes), count
         ),
     )

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from specdec import cache as kv
 from specdec import metrics as counters
 from specdec import tree
 from specdec.arrays import iota
-from specdec.cache import KVCache, keep
+from specdec.cache import KVCache
 from specdec.sampling import Sampling
 from specdec.scoring import score
 from specdec.state import append_tokens, init_state, stop_rule, verified_tokens
@@ -40,16 +41,17 @@ def build_step(
     *,
     sampling: Sampling | None = None,
     eos_ids: Sequence[int] = (),
-    keep: Callable[..., KVCache] = keep,
+    keep: Callable[..., KVCache] | None = None,
 ) -> Step[Any, Any]:
     """Compose one round of speculative decoding: plan, propose, score, draw, verify, stop, commit, observe.
 
     The step consumes the state it is given (its cache handle) and returns the next one with what happened. `keep`
-    stands for `cache.keep`, so that it can be timed. Raises `ValueError` for parts that do not fit together.
+    stands in for `cache.keep`, so that it can be timed. Raises `ValueError` for parts that do not fit together.
     """
     sampling = sampling or Sampling()
     ends = tuple(eos_ids)
     check_parts(model, drafter, policy, sampling)
+    commit = keep or kv.keep
 
     def step(state: DecodeState[Any, Any]) -> tuple[DecodeState[Any, Any], StepInfo]:
         running = state.finish == RUNNING
@@ -79,7 +81,7 @@ def build_step(
         emitted = tokens.masked_fill(iota(tokens.shape[1], tokens.device) >= count[:, None], -1)
         # The root's slot and those of all emitted tokens but the last: the cache ends one short of the text.
         nodes = None if proposal.chain else torch.nn.functional.pad(verdict.path[:, :-1], (1, 0))
-        cache = keep(cache, state.length - 1, nodes, count)
+        cache = commit(cache, state.length - 1, nodes, count)
         info = StepInfo(plan, proposal, verdict, emitted, count, running, draft_forwards)
         after = dataclasses.replace(
             state,

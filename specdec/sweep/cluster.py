@@ -5,6 +5,7 @@ the models and give rows back; this process alone writes. A task whose worker di
 """
 
 import os
+import socket
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -93,13 +94,21 @@ def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"include_dashboard": False} if address == "local" else {}
     try:
+        _knock(address)
         ray.init(address=address, logging_level="ERROR", log_to_driver=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"cannot use a Ray cluster at {address!r} ({reason}); give the address that 'ray start' printed, "
             "or --ray alone for one on this machine"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` when nobody listens at a host and port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _finish(
