@@ -189,7 +189,8 @@ def test_silu_times_up(name, rows, size, scale, dtype, seed):
     inner = normal(seed, rows, 2 * size, dtype=dtype, scale=scale)
     made = implementation("silu_mul", name, dtype)(inner)
     exact = fused.silu_mul(inner.double())
-    tiny = torch.finfo(dtype).smallest_normal * (1 + inner.double().abs().max())
+    # Where exp overflows the result is 0: what is lost is gate times up at the edge of the smallest numbers.
+    tiny = torch.finfo(dtype).smallest_normal * (1 + inner.double().abs().max() ** 2)
     # The hardware's exp rounds its argument first, so its relative error grows with it.
     relative = 2 * unit(dtype) + 2.0**-20 + 2.0**-23 * inner.double().abs().max()
     assert ((made - exact).abs() <= relative * exact.abs() + tiny).all()
