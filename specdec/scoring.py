@@ -25,7 +25,7 @@ def score(
     The repetition penalty, which depends on each node's own prefix, is applied here; temperature and truncation are
     left to the policies, which ask for probabilities only where they need them.
     """
-    visible = None if proposal.chain else tree.ancestors(proposal.parents)
+    visible = None if proposal.chain else proposal.visible
     depth = None if visible is None else tree.depths(visible)
     logits, hidden, cache = model.forward(cache, proposal.tokens, depth, visible, logits=True, features=features)
     assert logits is not None

@@ -62,7 +62,7 @@ def node_depths(proposal: Proposal) -> Int[Tensor, "b n"]:
     """`depths` of a proposal; a chain needs no algebra."""
     if proposal.chain:
         return iota(proposal.tokens.shape[1], proposal.tokens.device).expand_as(proposal.tokens)
-    return depths(ancestors(proposal.parents))
+    return depths(proposal.visible)
 
 
 def trim(proposal: Proposal) -> Proposal:

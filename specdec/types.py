@@ -30,6 +30,7 @@ from specdec.metrics import Metrics
 from specdec.records import record
 from specdec.rng import Key
 from specdec.sampling import Sampling
+from specdec_kernels.ops.walk import ancestors
 
 D = TypeVar("D")
 C = TypeVar("C")
@@ -61,6 +62,11 @@ class Proposal:
     def drafted(self) -> Int[Tensor, " b"]:
         """Drafts of each row: its valid nodes without the root."""
         return self.valid.sum(-1) - 1
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "b n n"]:
+        """`[b, i, j]`: node j is node i or one of its ancestors."""
+        return ancestors(self.parents)
 
 
 @record
