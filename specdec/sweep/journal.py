@@ -98,7 +98,8 @@ def read_rows(file: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[di
     `parse`: what makes an object of a line, for readers that need a part of it only; it raises `ValueError` for what is
     no JSON object.
     """
-    with file.open("rb") as lines:
+    # Lines are longer than half of the usual buffer, which makes reading them four times as slow.
+    with file.open("rb", buffering=2**16) as lines:
         bad: int | None = None
         for number, line in enumerate(lines, 1):
             if bad is not None:

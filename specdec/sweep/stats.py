@@ -11,6 +11,8 @@ from specdec.rates import rates
 from specdec.sweep.samples import CellInfo, Pair, Run, Sample, columns, used
 
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
+# Numbers resampled at a time: 4 MB, which a cache holds; 16 MB take two thirds longer.
+_AT_ONCE = 500_000
 # Resampling three or four prompts gives intervals that look far too sure.
 _FEWEST_UNITS = 5
 PHASES = ("prefill", "draft", "verify", "accept", "other")
@@ -74,6 +76,20 @@ class CategorySummary(NamedTuple):
     speedup: Speedup | None
 
 
+class Tally(NamedTuple):
+    """Sums over samples, from which `specdec.rates` are made."""
+
+    hist: np.ndarray
+    drafted: int
+    emitted: int
+    target_forwards: int
+    draft_forwards: int
+
+    def rates(self) -> dict[str, Any]:
+        """Counters and rates by the library's own definitions."""
+        return rates(self.hist.tolist(), **{name: getattr(self, name) for name in self._fields[1:]})
+
+
 class Plain(NamedTuple):
     """What cells are compared with, by what makes a pair: speeds and hashes of the tokens of plain decoding."""
 
@@ -101,6 +117,10 @@ def _summarize(cell: CellInfo, samples: Sequence[Sample], plain: Plain) -> CellS
     law = zip(column["alpha"], column["alpha_positions"], strict=True)
     ratios = zip(column["accepted"], column["drafted"], strict=True)
     pairs = _pairs(good, plain)
+    members = defaultdict(list)
+    for sample in good:
+        members[sample.category].append(sample)
+    tallies = {name: _tally(those) for name, those in members.items()}
     return CellSummary(
         cell=cell,
         n=len(samples),
@@ -115,19 +135,26 @@ def _summarize(cell: CellInfo, samples: Sequence[Sample], plain: Plain) -> CellS
         accepted=spread(column["accepted"]),
         kv_appended_tokens=spread(column["kv_appended_tokens"]),
         kv_append_time_ms=spread(column["kv_append_time_ms"]),
-        counts=pooled(good),
+        counts=_together(tallies.values()).rates(),
         alpha=sum((alpha or 0.0) * count for alpha, count in law) / positions if positions else None,
         speedup=_speedup(pairs),
         identical=_identical(good, plain) if _must_equal(cell) else None,
         seconds={phase: _sum(column[f"{phase}_s"]) / total if total else None for phase in PHASES},
-        categories=dict(_categories(good, pairs)),
+        categories=dict(_categories(members, tallies, pairs)),
     )
 
 
 def pooled(samples: Sequence[Sample]) -> dict[str, Any]:
     """Counters and rates over all rounds of `samples`, by the library's own definitions."""
-    return rates(
-        _sum_hists([sample.hist for sample in samples]),
+    return _tally(samples).rates()
+
+
+def _tally(samples: Sequence[Sample]) -> Tally:
+    by_size: dict[int, list[tuple[tuple[int, ...], ...]]] = defaultdict(list)
+    for sample in samples:
+        by_size[len(sample.hist)].append(sample.hist)
+    return Tally(
+        _sum_hists([np.asarray(same, dtype=np.int64).sum(0) for same in by_size.values()]),
         drafted=sum([sample.drafted for sample in samples]),
         emitted=sum([sample.emitted for sample in samples]),
         target_forwards=sum([sample.target_forwards for sample in samples]),
@@ -135,16 +162,19 @@ def pooled(samples: Sequence[Sample]) -> dict[str, Any]:
     )
 
 
-def _sum_hists(hists: Sequence[tuple[tuple[int, ...], ...]]) -> list[list[int]]:
+def _together(tallies: Iterable[Tally]) -> Tally:
+    tallies = list(tallies)
+    _, *counts = zip(*tallies, strict=True) if tallies else ((),) * len(Tally._fields)
+    return Tally(_sum_hists([tally.hist for tally in tallies]), *map(sum, counts))
+
+
+def _sum_hists(hists: Sequence[np.ndarray]) -> np.ndarray:
     """The sum of square histograms, the small ones at the beginning of the large ones."""
-    by_size: dict[int, list[tuple[tuple[int, ...], ...]]] = defaultdict(list)
-    for hist in hists:
-        by_size[len(hist)].append(hist)
-    size = max(by_size, default=1)
+    size = max(map(len, hists), default=1)
     total = np.zeros((size, size), dtype=np.int64)
-    for part, same in by_size.items():
-        total[:part, :part] += np.asarray(same, dtype=np.int64).sum(0)
-    return total.tolist()
+    for hist in hists:
+        total[: len(hist), : len(hist)] += hist
+    return total
 
 
 def spread(values: Sequence[float | int | None], unit: float = 1.0) -> Spread:
@@ -210,8 +240,7 @@ def interval(units: Sequence[float]) -> tuple[float | None, float | None]:
         np.mean,
         confidence_level=_CONFIDENCE,
         n_resamples=_RESAMPLES,
-        # A matrix of resamples for many prompts at once would not fit in memory.
-        batch=max(1, 2_000_000 // len(units)),
+        batch=max(1, _AT_ONCE // len(units)),
         method="BCa" if len(units) <= 1000 else "percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
@@ -227,15 +256,15 @@ def _plain(samples: Sequence[Sample]) -> Plain:
 
 
 def _categories(
-    samples: Sequence[Sample], pairs: Sequence[tuple[str, str, float, float]]
+    members: Mapping[str, Sequence[Sample]],
+    tallies: Mapping[str, Tally],
+    pairs: Sequence[tuple[str, str, float, float]],
 ) -> Iterator[tuple[str, CategorySummary]]:
-    members, paired = defaultdict(list), defaultdict(list)
-    for sample in samples:
-        members[sample.category].append(sample)
+    paired = defaultdict(list)
     for pair in pairs:
         paired[pair[0]].append(pair)
     for name, those in members.items():
-        counts = pooled(those)
+        counts = tallies[name].rates()
         yield (
             name,
             CategorySummary(
