@@ -80,8 +80,13 @@ def _profile(name: str, options: Mapping[str, Any], monitor: Any) -> dict[str, A
 
     loaded = load_target(name, options, monitor)
     monitor.phase(f"measuring {loaded.name}")
-    costs = measure_costs(loaded.model)
-    return {"model": loaded.name, "adapter": loaded.adapter, "seconds": costs}
+    costs, about = measure_costs(loaded.model), loaded.model.about
+    profile: dict[str, Any] = {"model": loaded.name, "adapter": loaded.adapter, "seconds": costs}
+    if "linear_timings" in about:
+        timings = {name: timing.seconds for name, timing in about["linear_timings"].items()}
+        choice = {"use": about["linear"], "because": about["linear_reason"], "not": about["linear_rejected"]}
+        profile["linear"] = choice | {"seconds": timings}
+    return profile
 
 
 def _accelerators() -> list[str]:

@@ -226,3 +226,17 @@ def _print_profile(console: Console, profile: Mapping[str, Any]) -> None:
     for n, seconds in costs.items():
         table.add_row(str(n), f"{1000 * seconds:.2f}", f"{seconds / costs[1]:.2f}")
     console.print(table)
+    if "linear" in profile:
+        console.print()
+        console.print(_linears(profile["linear"]))
+
+
+def _linears(found: Mapping[str, Any]) -> Table:
+    """What each implementation of the linear layers took, and why it was chosen or not."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("linear layers", *(f"{rows} rows, ms" for rows in found["seconds"][found["use"]]), ""):
+        table.add_column(column)
+    for name, costs in found["seconds"].items():
+        verdict = found["not"].get(name, f"chosen: {found['because']}")
+        table.add_row(name, *(f"{1000 * seconds:.2f}" for seconds in costs.values()), verdict)
+    return table

@@ -100,10 +100,13 @@ def _refuse_cpu(device: torch.device, dtype: torch.dtype, shape: Shape) -> str |
     return library.refuse(device, dtype)
 
 
-def _refuse_onednn(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
-    from specdec_kernels import linear
+def _refuse_library(name: str) -> Refuse:
+    def refuse(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
+        from specdec_kernels import linear
 
-    return linear.refuse_onednn(device, dtype)
+        return linear.refuse_library(name, device, dtype)
+
+    return refuse
 
 
 def _load_linear(name: str) -> Load:
@@ -129,8 +132,9 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("torch", anywhere, _load_stack),
     ),
     "linear": (
-        Implementation("onednn", _refuse_onednn, _load_linear("onednn")),
         Implementation("cpu", _refuse_cpu, _load_linear("cpu")),
+        Implementation("onednn", _refuse_library("onednn"), _load_linear("onednn")),
+        Implementation("fbgemm", _refuse_library("fbgemm"), _load_linear("fbgemm"), slower="rounds weights to float16"),
         Implementation("triton", stated("ops.product_triton"), _load_linear("triton")),
         Implementation("torch", anywhere, _load_linear("torch")),
     ),

@@ -1,4 +1,5 @@
-"""What a forward of n tokens costs on this machine, measured: the curve that decides how long a draft may be.
+"""What a forward of n tokens costs on this machine, measured: the curve that decides how long a draft may be. And
+which implementation of its linear layers is fastest, where that is a choice.
 
 A forward over a few tokens reads every weight once, so it costs little more than one over a single token until
 arithmetic takes over from memory. Where that happens depends on the machine, so it is measured and kept.
@@ -8,14 +9,15 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+import specdec_kernels.linear as linears
 from specdec import cache as kv
 from specdec.models.store import store_root
 from specdec.state import prefill
@@ -30,6 +32,8 @@ _STEADY = 1.5
 
 # Raised whenever what is measured changes, so that older files are measured again.
 _FORMAT = 2
+
+T = TypeVar("T")
 
 
 def measure_costs(
@@ -60,14 +64,49 @@ def cached_costs(
     """
     key = cost_key(model) | {"sizes": list(sizes), "context": context}
     path = _path(key)
-    known = None if refresh else _read(path, key)
+    known = None if refresh else _read(path, key, _seconds)
     if known is not None:
         return known
     times = _measure(model, sizes, context, repeats, budget)
-    if all(median(seconds) <= _STEADY * min(seconds) for seconds in times.values()):
+    if _steady(times):
         with suppress(OSError):
             _write(path, {"key": key, "seconds": _medians(times)})
     return _medians(times)
+
+
+def cached_comparison(
+    shapes: Mapping[tuple[int, int], int], names: Sequence[str], format: str
+) -> Mapping[str, linears.Timing]:
+    """`specdec_kernels.linear.compare`, kept in the model store as `cached_costs` are."""
+    key = {
+        "format": _FORMAT,
+        "linear": format,
+        "implementations": list(names),
+        "shapes": [[*shape, count] for shape, count in shapes.items()],
+        **_machine(),
+    }
+    path = _path(key)
+    known = _read(path, key, _timings)
+    if known is not None:
+        return known
+    found = linears.compare(shapes, names, format)
+    if all(map(_steady, (timing.turns for timing in found.values()))):
+        with suppress(OSError):
+            _write(path, {"key": key, "linears": {name: timing._asdict() for name, timing in found.items()}})
+    return found
+
+
+def _timings(content: Mapping[str, Any]) -> dict[str, linears.Timing]:
+    return {
+        name: linears.Timing(
+            {int(rows): list(map(float, times)) for rows, times in stored["turns"].items()}, stored["alone"]
+        )
+        for name, stored in content["linears"].items()
+    }
+
+
+def _steady(times: Mapping[int, Sequence[float]]) -> bool:
+    return all(median(seconds) <= _STEADY * min(seconds) for seconds in times.values())
 
 
 def _measure(model: Model, sizes: Sequence[int], context: int, repeats: int, budget: float) -> dict[int, list[float]]:
@@ -111,6 +150,12 @@ def cost_key(model: Model) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "implementations": implementations(model),
         "device": gpu or model.device.type,
+        **_machine(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -122,14 +167,20 @@ def _path(key: Mapping[str, Any]) -> Path:
     return store_root() / "costs" / f"{digest}.json"
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> dict[int, float] | None:
-    """The costs in a file that was written for exactly this key; `None` where there is none that can be used."""
+def _read(path: Path, key: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T]) -> T | None:
+    """What a file holds that was written for exactly this key; `None` where there is none that can be used."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        costs = {int(n): float(seconds) for n, seconds in found["seconds"].items()}
+        return parse(found) if found["key"] == key else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return costs if found["key"] == key and costs and min(costs.values()) > 0 else None
+
+
+def _seconds(content: Mapping[str, Any]) -> dict[int, float]:
+    costs = {int(n): float(seconds) for n, seconds in content["seconds"].items()}
+    if not costs or min(costs.values()) <= 0:
+        raise ValueError("nothing takes no time")
+    return costs
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

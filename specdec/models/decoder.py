@@ -25,11 +25,12 @@ from specdec.models.checkpoint import Affine, Ends, LayerWeights, Reader, Spec
 from specdec.models.families import FAMILIES, supports
 from specdec.models.fused import choose_kernels, pack_fused
 from specdec.models.packing import pack_checkpoint
+from specdec.models.products import Compare, choose_linear
 from specdec.models.report import ModelError
 from specdec.models.window import additive_mask, open_window
 from specdec.types import Model
 from specdec_kernels import linear as linears
-from specdec_kernels.cpu.weights import PackedModel
+from specdec_kernels.cpu.weights import PackedModel, head_format_of
 from specdec_kernels.dispatch import Choice, choose
 
 __all__ = ["build_decoder", "supports"]
@@ -83,15 +84,17 @@ def build_decoder(
     stack: str = "auto",
     quantize: str | None = None,
     kernels: Mapping[str, str] | None = None,
+    compare: Compare | None = None,
 ) -> Model:
     """The model of a checkpoint: `config` as transformers reads it, `tensors` as safetensors name them.
 
     `stack`, `linear`: the implementations of the whole forward and, where that is `torch`, of its linear layers
     (`specdec_kernels.dispatch`); asking for a `linear` implies the latter. `kernels`: implementations by operation of
     the `triton` stack (`specdec.models.fused.OPERATIONS`). `quantize`: the format in which the CPU
-    stack keeps the weights (`fp16`, `bf16`, `int8`, `int4`; arithmetic and cache stay float32). `Model.about` tells
-    what runs and why. Logits are float32, or float64 in a float64 model. Token ids must be in the vocabulary even at
-    nodes that are padding.
+    kernels keep the weights (`fp16`, `bf16`, `int8`, `int4`; arithmetic and cache stay float32, outside the CPU stack
+    also the embedding). `compare`: measures linear layers, where there is a choice (`specdec.models.products`).
+    `Model.about` tells what runs and why. Logits are float32, or float64 in a float64 model. Token ids must be in the
+    vocabulary even at nodes that are padding.
 
     Raises `ModelError` (a `ValueError`) for a configuration that `supports` refuses, for weights that do not match the
     configuration and for a `quantize` that cannot run, and `ValueError` for a `stack` or `linear` that cannot.
@@ -102,8 +105,6 @@ def build_decoder(
     family = FAMILIES[config.model_type]
     spec = family.describe(config)
     whole = _choose_stack(spec, device, dtype, "torch" if linear != "auto" and stack == "auto" else stack)
-    if quantize is not None and whole.implementation != "cpu":
-        raise ModelError(f"quantize {quantize!r} needs the CPU stack, which does not run here: {whole.reason}")
     about: dict[str, Any] = {
         "architecture": config.model_type,
         "stack": whole.implementation,
@@ -119,16 +120,19 @@ def build_decoder(
         # Layer by layer, so that only one of them is in memory both as stored and as packed.
         layers = (family.layer(config, spec, reader, index) for index in range(spec.num_layers))
         ends = partial(family.ends, config, spec, reader)
-        if whole.implementation == "triton":
+        if whole.implementation == "triton" and quantize is None:
             chosen, names = choose_kernels(spec, dtype, device, kernels or {})
             about |= names
             angles = _padded_angles(spec, device)
             assert angles is not None
             run: _Run = pack_fused(spec, layers, ends, angles, chosen)
         else:
-            choice = choose("linear", device, dtype, requested=linear)
+            format = quantize or "fp32"
+            choice, timings = choose_linear(spec, device, dtype, linear, format, compare)
             about |= {"linear": choice.implementation, "linear_reason": choice.reason}
-            run = _pack_layers(spec, layers, ends, choice.implementation, device)
+            about |= {"weights": format} if quantize else {}
+            about |= {"linear_rejected": dict(choice.rejected), "linear_timings": timings} if timings else {}
+            run = _pack_layers(spec, layers, ends, choice.implementation, format, device)
         reader.refuse_unread(family.ignored)
     return _build_model(run, spec, spec.num_layers, dtype, device, name, about)
 
@@ -161,12 +165,17 @@ def _choose_stack(spec: Spec, device: torch.device, dtype: torch.dtype, requeste
 
 
 def _pack_layers(
-    spec: Spec, layers: Iterable[LayerWeights], ends: Callable[[], Ends], linear: str, device: torch.device
+    spec: Spec,
+    layers: Iterable[LayerWeights],
+    ends: Callable[[], Ends],
+    linear: str,
+    format: str,
+    device: torch.device,
 ) -> _Run:
-    """The forward as torch operations, its linear layers by the implementation `linear`."""
+    """The forward as torch operations, its linear layers by the implementation `linear` over weights in `format`."""
 
-    def pack(weights: Affine) -> Function:
-        return linears.pack(weights.weight, weights.bias, linear)
+    def pack(weights: Affine, into: str = format) -> Function:
+        return linears.pack(weights.weight, weights.bias, linear, into)
 
     made = tuple(_build_layer(spec, layer, pack) for layer in layers)
     last = ends()
@@ -177,7 +186,7 @@ def _pack_layers(
         angles=_padded_angles(spec, device),
         layers=made,
         final_norm=_build_norm(spec, last.final_norm),
-        head=pack(last.head),
+        head=pack(last.head, head_format_of(format)),
     )
 
     def run(

@@ -101,11 +101,18 @@ def load(
         model = _packed(source, config, label, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
         used, reason = "decoder", "its weights are packed for the CPU kernels"
     elif used == "decoder":
+        from specdec.models.costs import cached_comparison
         from specdec.models.decoder import build_decoder
 
         weights = Weights(source.folder)
         model = build_decoder(
-            config, weights, name=label, dtype=chosen or weights.dtype, device=place, quantize=quantize
+            config,
+            weights,
+            name=label,
+            dtype=chosen or weights.dtype,
+            device=place,
+            quantize=quantize,
+            compare=cached_comparison,
         )
     elif quantize is not None:
         raise ModelError(f"quantize {quantize!r} needs the decoder adapter, and {label} runs on another: {reason}")

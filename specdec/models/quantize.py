@@ -73,7 +73,7 @@ def quantize(
         config = read_config(source, trust_remote_code)
         reason = refusal(config)
         if reason is not None:
-            raise ModelError(f"{name} cannot be quantized: {reason}")
+            raise ModelError(f"{name} cannot be packed into a folder: {reason}")
         importance = _importance(source) if calibrate else lambda part: None
         model = pack_checkpoint(config, Weights(source.folder), format, importance=importance, progress=report)
         write_packed(work, config, model, format)
@@ -120,7 +120,7 @@ def refusal(config: Any) -> str | None:
     if reason is not None:
         return reason
     problem = refuse_spec(FAMILIES[config.model_type].describe(config))
-    return None if problem is None else f"the CPU stack {problem}"
+    return None if problem is None else f"the CPU stack {problem}; --quantize when decoding needs no folder"
 
 
 def _digest(source: Source) -> str:

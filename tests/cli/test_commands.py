@@ -85,6 +85,19 @@ def test_doctor_profiles_a_model() -> None:
     assert "milliseconds" in invoke(*args).stdout
 
 
+def test_doctor_shows_how_linear_layers_were_chosen(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPECDEC_FORCE_PY", raising=False)
+    args = ("doctor", "--profile", str(make_folder("gpt2")), "--device", "cpu")
+    found = json.loads(invoke(*args, "--json").stdout)["profile"]["linear"]
+    assert found["use"] in found["seconds"]
+    assert found["not"].keys() == found["seconds"].keys() - {found["use"]}
+    assert all(min(costs.values()) > 0 for costs in found["seconds"].values())
+    assert "chosen: measured fastest" in " ".join(invoke(*args).stdout.split())
+
+
 def test_models_are_listed_found_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from specdec.models import store
 

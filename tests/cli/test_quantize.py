@@ -32,7 +32,7 @@ def test_speculation_over_quantized_weights_changes_no_token(smollm2, weights):
     ("options", "message"),
     [
         (("--adapter", "huggingface"), "quantize 'int8' needs the decoder adapter"),
-        (("--dtype", "bfloat16"), "quantize 'int8' needs the CPU stack, which does not run here"),
+        (("--dtype", "bfloat16"), "quantize 'int8' needs the CPU kernels, which do not run here"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(smollm2, options, message):

@@ -206,17 +206,19 @@ def test_choosing_where_triton_does_not_run_imports_none_of_it():
 @pytest.mark.parametrize(
     ("device", "dtype", "requested", "environ", "expected"),
     [
-        (CPU, torch.float32, "auto", {}, Choice("onednn", "fastest that runs here")),
+        (CPU, torch.float32, "auto", {}, Choice("cpu", "fastest that runs here")),
         (CPU, torch.float32, "torch", {}, Choice("torch", "asked for")),
         (CPU, torch.float32, "onednn", {}, Choice("onednn", "asked for")),
-        (CPU, torch.float32, "auto", {"SPECDEC_FORCE_PY": "0"}, Choice("onednn", "fastest that runs here")),
+        (CPU, torch.float32, "fbgemm", {}, Choice("fbgemm", "asked for")),
+        (CPU, torch.float32, "auto", {"SPECDEC_FORCE_PY": "0"}, Choice("cpu", "fastest that runs here")),
         (CPU, torch.float32, "torch", FORCED, Choice("torch", "asked for")),
         (CUDA, torch.bfloat16, "torch", {}, Choice("torch", "asked for")),
     ],
 )
 def test_choice_of_linear(device, dtype, requested, environ, expected):
-    if expected.implementation == "onednn" and linear.refuse_onednn(device, dtype):
-        pytest.skip("this torch has no oneDNN linear")
+    problem = implementations("linear", device, dtype)[expected.implementation]
+    if expected.implementation != "torch" and problem is not None:
+        pytest.skip(f"{expected.implementation} {problem}")
     assert choose("linear", device, dtype, (), requested, environ) == expected
 
 
@@ -234,7 +236,7 @@ def test_a_named_choice_that_cannot_run_raises_with_the_reason(device, dtype, en
 
 
 def test_unknown_names_raise():
-    with pytest.raises(ValueError, match=r"no implementation .conv.; use auto, onednn, .*torch"):
+    with pytest.raises(ValueError, match=r"no implementation .conv.; use auto, cpu, onednn, .*torch"):
         choose("linear", CPU, torch.float32, (), "conv", {})
     with pytest.raises(ValueError, match="unknown operation 'conv'; known: decoder_stack, linear, "):
         choose("conv", CPU, torch.float32)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from specdec.models.costs import SIZES, cached_costs, cost_key, measure_costs
+from specdec.models.costs import SIZES, cached_comparison, cached_costs, cost_key, measure_costs
 from specdec.models.tabular import tabular
 from specdec.types import Model
+from specdec_kernels.linear import Timing
 
 
 @pytest.fixture
@@ -94,3 +95,22 @@ def test_store_that_cannot_be_written_is_no_obstacle(
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPECDEC_HOME", str(tmp_path / "file"))
     assert list(cached_costs(model, repeats=1)) == list(SIZES)
+
+
+def test_comparison_of_linear_layers_is_kept_unless_the_machine_was_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_HOME", str(tmp_path))
+    measured = iter(
+        {"cpu": Timing({1: turns}, True), "torch": Timing({1: [3.0, 3.1]}, False)} for turns in ([1.0, 9.0], [1.0, 1.2])
+    )
+    monkeypatch.setattr("specdec.models.costs.linears.compare", lambda *_: next(measured))
+    arguments = {(8, 4): 2}, ("cpu", "torch"), "fp32"
+    assert cached_comparison(*arguments)["cpu"].seconds == {1: 5.0}
+    assert not (tmp_path / "costs").exists()
+    found = cached_comparison(*arguments)
+    assert found == cached_comparison(*arguments) == {
+        "cpu": Timing({1: [1.0, 1.2]}, True), "torch": Timing({1: [3.0, 3.1]}, False)
+    }  # fmt: skip
+    with pytest.raises(StopIteration):
+        cached_comparison({(8, 4): 3}, *arguments[1:])
