@@ -27,7 +27,7 @@ NEW_TOKENS = 64
 
 
 def synthetic_rows(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` rows of a plain cell and 24 drafting ones, with the lengths of real rows: 60 prompt and 64 new tokens."""
+    """`count` rows of a plain cell and 24 drafting ones, with the lengths of real rows: 64 new tokens."""
     draw = random.Random(seed)
     cells = [("plain", "none", 0), *((f"{name} k={k}", name, k) for name in DRAFTERS for k in DEPTHS)]
     for number in range(count):
@@ -50,7 +50,6 @@ def row(draw: random.Random, cell: tuple[str, str, int], sample: int) -> str:
     drafted, rounds = sum(depths), len(lengths)
     wall = rounds * draw.uniform(0.03, 0.04) + 0.05
     text = "".join(draw.choice(" etaoinshrdlu") for _ in range(4 * NEW_TOKENS))
-    asked = f"Question {prompt}: " + "why is the sky blue? " * 10
     return Row(
         cell=name,
         baseline="plain",
@@ -59,62 +58,43 @@ def row(draw: random.Random, cell: tuple[str, str, int], sample: int) -> str:
         iteration=iteration,
         prompt_id=str(prompt),
         prompt_idx=prompt,
-        prompt_name=str(prompt),
         category=f"category {prompt % CATEGORIES}",
         turn=0,
         model="synthetic",
-        revision=None,
-        adapter="none",
         drafter=drafter,
         policy="greedy",
         controller=f"fixed:k={k}",
         k=k,
         temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
         max_new_tokens=NEW_TOKENS,
         batch_size=1,
         dtype="float32",
         device="none",
-        deterministic=False,
         seed=0,
         sample_seed=sample,
         success=True,
-        prompt=asked,
-        prompt_text=asked,
-        prompt_token_ids=[draw.randrange(50_000) for _ in range(60)],
+        context=f"{prompt:016x}",
         completion_token_ids=[draw.randrange(50_000) for _ in range(NEW_TOKENS)],
         completion_text=text,
-        full_text=asked + text,
-        text=text,
-        completion_token_count=NEW_TOKENS,
         stop_reason="length",
         rounds=rounds,
         drafted=drafted,
         accepted=NEW_TOKENS - rounds,
         emitted=NEW_TOKENS,
-        proposed=drafted,
         target_forwards=rounds + 1,
         hist=hist,
         accept_lengths=lengths,
         drafted_depths=depths,
         acceptance_rate=(NEW_TOKENS - rounds) / drafted if drafted else None,
-        mean_accepted_length=NEW_TOKENS / rounds,
-        tokens_per_forward=NEW_TOKENS / (rounds + 1),
         batch_tokens=NEW_TOKENS,
-        kv_appended_tokens=NEW_TOKENS,
         wall_s=wall,
         prefill_s=0.05,
-        decode_s=wall - 0.05,
         draft_s=0.0,
         verify_s=wall - 0.06,
         accept_s=0.005,
         other_s=0.005,
         time_to_first_token_s=0.09,
         per_token_latency_s=(wall - 0.09) / NEW_TOKENS,
-        latency_ms=1000 * wall,
         tokens_per_sec=NEW_TOKENS / wall,
         batch_wall_s=wall,
     ).model_dump_json()

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from specdec.sweep.contexts import Context, whole_rows
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.samples import Run
 
@@ -27,14 +28,14 @@ def write_parquet(runs: Sequence[Run], file: Path) -> None:
     schema = arrow_schema()
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for run in runs:
-            rows = read_rows(run.folder / ROWS)
+            rows = whole_rows(run.folder)
             while chunk := list(islice(rows, _CHUNK)):
                 table = [{**row, "run": run.name, "round_seconds": json.dumps(row["round_seconds"])} for row in chunk]
                 writer.write_table(pa.Table.from_pylist(table, schema=schema))
 
 
 def arrow_schema() -> Any:
-    """The columns of the Parquet table: the fields of `Row`, in its order; `round_seconds` as JSON."""
+    """The columns of the Parquet table: the fields of `Row` and of its context; `round_seconds` as JSON."""
     import pyarrow as pa
 
     from specdec.sweep.row import Row
@@ -54,7 +55,8 @@ def arrow_schema() -> Any:
             fields.append((name, pa.uint64()))
         else:
             fields.append((name, kinds[kind["type"]]))
-    return pa.schema(fields)
+    text, tokens = pa.string(), pa.list_(pa.int64())
+    return pa.schema([*fields, ("prompt", text), ("prompt_text", text), ("prompt_token_ids", tokens)])
 
 
 def write_rows_csv(runs: Sequence[Run], file: Path) -> None:
@@ -62,12 +64,12 @@ def write_rows_csv(runs: Sequence[Run], file: Path) -> None:
     from specdec.sweep.row import Row
 
     with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, ["run", *Row.model_fields])
+        writer = csv.DictWriter(out, ["run", *Row.model_fields, *Context._fields])
         writer.writeheader()
         for run in runs:
-            for row in read_rows(run.folder / ROWS):
-                values = {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
-                writer.writerow({"run": run.name, **values})
+            for row in whole_rows(run.folder):
+                lists = {name: json.dumps(value) for name, value in row.items() if isinstance(value, list | tuple)}
+                writer.writerow({"run": run.name, **row, **lists})
 
 
 def write_spec_bench(run: Run, folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """The rows of a run on disk: one JSON object a line, appended and flushed to the disk before it counts.
 
 A process may die at any byte. What it leaves is a file of whole lines and at most one torn one at its end, which the
-next process sets aside (`rows.torn`) and forgets: that sample is run again. Only one process writes at a time.
+next process sets aside (`rows.torn`) and forgets: that sample is run again. Only one process writes at a time. The
+contexts of rows (`specdec.sweep.contexts`) are kept in the same way, and reach the disk before the rows that name them.
 """
 
 import os
@@ -13,17 +14,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic_core import from_json
 
-ROWS, TORN, LOCK = "rows.jsonl", "rows.torn", ".lock"
+ROWS, CONTEXTS, TORN, LOCK = "rows.jsonl", "contexts.jsonl", "rows.torn", ".lock"
 
 
 class Journal:
-    """`rows.jsonl` of a folder, open for appending. Use as a context manager; raises `ValueError` when another process
-    has it, or when a line before the last is damaged."""
+    """`rows.jsonl` and `contexts.jsonl` of a folder, open for appending. Use as a context manager; raises `ValueError`
+    when another process has it, or when a line before the last is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = FileLock(folder / LOCK)
-        self._file = -1
+        self._files: dict[str, int] = {}
         self.torn = 0
 
     def __enter__(self) -> "Journal":
@@ -35,8 +36,9 @@ class Journal:
                 f"another process is writing to {self._folder}; wait for it, or use another folder"
             ) from None
         try:
-            self._file = os.open(self._folder / ROWS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._set_torn_aside()
+            for name in (CONTEXTS, ROWS):
+                self._files[name] = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                self._set_torn_aside(name)
             _sync_folder(self._folder)
         except BaseException:
             self.__exit__(None, None, None)
@@ -46,31 +48,36 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        while self._files:
+            os.close(self._files.popitem()[1])
         self._lock.release()
 
-    def append(self, lines: Sequence[str]) -> None:
-        """Add rows (JSON without line breaks); they are on the disk when this returns, or none of them counts."""
-        data = "".join(line + "\n" for line in lines).encode()
-        end = os.fstat(self._file).st_size
+    def append(self, rows: Sequence[str], contexts: Sequence[str] = ()) -> None:
+        """Add rows, and the contexts that no row has named before (JSON without line breaks); they are on the disk when
+        this returns, or no row counts."""
+        for name, lines in ((CONTEXTS, contexts), (ROWS, rows)):
+            if lines:
+                self._append(self._files[name], "".join(line + "\n" for line in lines).encode())
+
+    @staticmethod
+    def _append(file: int, data: bytes) -> None:
+        end = os.fstat(file).st_size
         try:
             left = memoryview(data)
             while left:
-                left = left[os.write(self._file, left) :]
-            os.fsync(self._file)
+                left = left[os.write(file, left) :]
+            os.fsync(file)
         except OSError:
-            # A full disk must not leave half a line for rows to be appended to.
-            os.ftruncate(self._file, end)
+            # A full disk must not leave half a line for others to be appended to.
+            os.ftruncate(file, end)
             raise
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that are there."""
         return read_rows(self._folder / ROWS)
 
-    def _set_torn_aside(self) -> None:
-        data = (self._folder / ROWS).read_bytes()
+    def _set_torn_aside(self, name: str) -> None:
+        data = (self._folder / name).read_bytes()
         end = data.rfind(b"\n") + 1
         # After a power failure the last line can have its length and its line break, and zeros inside.
         last = data[:end].rstrip(b"\n").rfind(b"\n") + 1
@@ -82,9 +89,9 @@ class Journal:
             aside.write(data[end:] + b"\n")
             aside.flush()
             os.fsync(aside.fileno())
-        os.ftruncate(self._file, end)
-        os.fsync(self._file)
-        self.torn = len(data) - end
+        os.ftruncate(self._files[name], end)
+        os.fsync(self._files[name])
+        self.torn += len(data) - end
 
 
 def _parse(line: bytes) -> Any:

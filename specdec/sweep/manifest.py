@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from specdec.sweep import flags
 from specdec.sweep.config import Config
 from specdec.sweep.definitions import DEFINITIONS
+from specdec.sweep.journal import CONTEXTS, ROWS
 from specdec.sweep.prompts import Prompt, hash_prompts, write_prompts
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", title="specdec sweep manifest")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     synthetic: bool = Field(description="made by a toy model: no claim about any real one")
     export_created_at: str
@@ -87,7 +88,7 @@ def build_manifest(
         packages={name: version for name, version in packages().items() if name in _PACKAGES},
         system_info=system_info(config, bench),
         metric_definitions=dict(DEFINITIONS),
-        artifacts={"summary_json": "summary.json", "summary_csv": "summary.csv", "rows": "rows.jsonl"},
+        artifacts={"summary_json": "summary.json", "summary_csv": "summary.csv", "rows": ROWS, "contexts": CONTEXTS},
         source_dir=folder.name,
     )
 

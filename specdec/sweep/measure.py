@@ -10,6 +10,7 @@ from specdec.models.report import one_line
 from specdec.run import Progress, decode_rounds, split_seconds, stop_reason, token_ids
 from specdec.sweep.bench import Prepared, sample_seed
 from specdec.sweep.config import Config
+from specdec.sweep.contexts import Context
 from specdec.sweep.prompts import Prompt
 from specdec.sweep.row import Row
 from specdec.target import check_length, encode_messages
@@ -26,6 +27,13 @@ class Sample(NamedTuple):
     turn: int
     iteration: int
     earlier: tuple[str, ...] = ()
+
+
+class Decoded(NamedTuple):
+    """The row of a sample, and what the model was given."""
+
+    row: Row
+    context: Context
 
 
 class _Course(NamedTuple):
@@ -47,19 +55,19 @@ def decode_samples(
     samples: Sequence[Sample],
     config: Config,
     traced: Callable[[Sample, Trace], None] | None = None,
-) -> list[Row]:
+) -> list[Decoded]:
     """A row for every sample, decoded together as one batch. `traced` hears the trace of each, where `config` asks.
 
     A sample whose prompt cannot be encoded, or does not fit, fails alone; whatever else goes wrong fails the batch.
     Failures are rows, too.
     """
-    rows: dict[int, Row] = {}
+    rows: dict[int, Decoded] = {}
     encoded: dict[int, list[int]] = {}
     for place, sample in enumerate(samples):
         try:
             encoded[place] = encode_sample(prepared, sample, config)
         except Exception as error:
-            rows[place] = _failed(prepared, sample, config, error)
+            rows[place] = _failed(prepared, sample, error)
     if encoded:
         places = list(encoded)
         seeds = [_seed(prepared, samples[place]) for place in places]
@@ -72,9 +80,9 @@ def decode_samples(
                 for place, trace in zip(places, recorder.traces(), strict=True):
                     traced(samples[place], trace)
             for row, place in enumerate(places):
-                rows[place] = _finished(prepared, samples[place], config, encoded[place], course, row)
+                rows[place] = _finished(prepared, samples[place], encoded[place], course, row)
         except Exception as error:
-            rows.update({place: _failed(prepared, samples[place], config, error) for place in places})
+            rows.update({place: _failed(prepared, samples[place], error) for place in places})
     return [rows[place] for place in range(len(samples))]
 
 
@@ -149,42 +157,31 @@ def _depths(progress: Progress) -> list[int]:
     return list(tree.tree_depth(progress.info.proposal).tolist())
 
 
-def _finished(
-    prepared: Prepared, sample: Sample, config: Config, prompt: Sequence[int], course: _Course, row: int
-) -> Row:
+def _finished(prepared: Prepared, sample: Sample, prompt: Sequence[int], course: _Course, row: int) -> Decoded:
     tokens = token_ids(course.last, row)
     counts = summarize(course.last.state.metrics, [row])
     seconds = split_seconds(course.finished[row])
     wall, first = seconds["wall_s"], course.first[row]
-    prompt_text = prepared.loaded.tokenizer.decode(list(prompt))
-    text = course.texts[row]
+    context = Context(sample.prompt.turns[sample.turn], prepared.loaded.tokenizer.decode(list(prompt)), tuple(prompt))
     later = len(tokens) - course.lengths[row][0]
     positions = course.positions[row]
     return _row(
         prepared,
         sample,
-        config,
+        context,
         success=True,
-        prompt_text=prompt_text,
-        prompt_token_ids=list(prompt),
         completion_token_ids=tokens,
-        completion_text=text,
-        full_text=prompt_text + text,
-        text=text,
-        completion_token_count=len(tokens),
+        completion_text=course.texts[row],
         stop_reason=stop_reason(course.last, row),
         **{name: counts[name] for name in _COUNTS},
-        proposed=counts["drafted"],
         accept_lengths=course.lengths[row],
         drafted_depths=course.depths[row],
         alpha=course.alpha[row] / positions if positions else None,
         alpha_positions=positions,
         batch_tokens=course.last.emitted,
-        kv_appended_tokens=len(tokens),
-        **seconds,
+        **{name: value for name, value in seconds.items() if name != "decode_s"},
         time_to_first_token_s=first,
         per_token_latency_s=(wall - first) / later if later else None,
-        latency_ms=1000 * wall,
         tokens_per_sec=course.last.emitted / course.last.wall_s,
         batch_wall_s=course.last.wall_s,
         round_seconds=course.rounds or None,
@@ -200,16 +197,14 @@ _COUNTS = (
     "draft_forwards",
     "hist",
     "acceptance_rate",
-    "mean_accepted_length",
-    "tokens_per_forward",
 )
 
 
-def _failed(prepared: Prepared, sample: Sample, config: Config, error: Exception) -> Row:
+def _failed(prepared: Prepared, sample: Sample, error: Exception) -> Decoded:
     return _row(
         prepared,
         sample,
-        config,
+        Context(sample.prompt.turns[sample.turn]),
         success=False,
         error=one_line(error),
         error_type=type(error).__name__,
@@ -221,9 +216,9 @@ def _seed(prepared: Prepared, sample: Sample) -> int:
     return sample_seed(prepared.cell.seed, sample.iteration, sample.prompt.id, sample.turn)
 
 
-def _row(prepared: Prepared, sample: Sample, config: Config, **fields: Any) -> Row:
+def _row(prepared: Prepared, sample: Sample, context: Context, **fields: Any) -> Decoded:
     cell, parts, loaded = prepared.cell, prepared.job.parts, prepared.loaded
-    return Row(
+    row = Row(
         cell=cell.id,
         baseline=cell.baseline,
         is_baseline=cell.plain,
@@ -231,29 +226,22 @@ def _row(prepared: Prepared, sample: Sample, config: Config, **fields: Any) -> R
         iteration=sample.iteration,
         prompt_id=sample.prompt.id,
         prompt_idx=sample.place,
-        prompt_name=sample.prompt.id,
         category=sample.prompt.category,
         turn=sample.turn,
         model=loaded.name,
-        revision=loaded.revision,
-        adapter=loaded.adapter,
         drafter=parts.drafter.name,
         policy=parts.policy.name,
         controller=parts.controller.name,
         k=cell.k,
         temperature=cell.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
         max_new_tokens=cell.max_new_tokens,
         batch_size=cell.batch_size,
         dtype=str(parts.model.dtype).removeprefix("torch."),
         device=str(parts.model.device),
-        deterministic=config.deterministic,
         seed=cell.seed,
         sample_seed=_seed(prepared, sample),
-        prompt=sample.prompt.turns[sample.turn],
+        context=context.id,
         finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         **fields,
     )
+    return Decoded(row, context)

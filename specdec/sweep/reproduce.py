@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from specdec.models.report import Progress, silent
 from specdec.sweep.config import parse_config
+from specdec.sweep.contexts import read_contexts
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.manifest import CONFIG, PROMPTS, read_manifest
 from specdec.sweep.prompts import hash_prompts, load_prompts
@@ -57,7 +58,7 @@ def reproduce_run(
         if weights.get(name) != model["file_hashes"]:
             raise ValueError(f"the weights of {name} are not those of {stored}: their hashes differ")
     after = {row_key(row): row for row in read_rows(folder / ROWS)}
-    explain = _explainer(manifest.config)
+    explain = _explainer(stored, manifest.config)
     return list(_compare(before, after, explain))
 
 
@@ -71,13 +72,13 @@ def _compare(
         if new is None:
             yield Comparison(key, False, None, "the new run has no such sample")
             continue
-        fields = ("success", "prompt_token_ids", "completion_token_ids", "stop_reason")
+        fields = ("success", "context", "completion_token_ids", "stop_reason")
         same = all(old[name] == new[name] for name in fields)
         ratio = new["wall_s"] / old["wall_s"] if old["wall_s"] and new["wall_s"] else None
         yield Comparison(key, same, ratio, None if same else explain(old, new))
 
 
-def _explainer(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Mapping[str, Any]], str]:
+def _explainer(folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Mapping[str, Any]], str]:
     """What tells where two rows part; it loads a model only when it must."""
     loaded: dict[tuple[str, str], Any] = {}
 
@@ -85,7 +86,7 @@ def _explainer(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Mappin
         if old["success"] != new["success"]:
             failed, when = (old, "failed before") if not old["success"] else (new, "fails now")
             return f"{when}: {failed['error']}"
-        if old["prompt_token_ids"] != new["prompt_token_ids"]:
+        if old["context"] != new["context"]:
             return "the prompts' tokens differ: other tokenizer, template, or answers to earlier turns"
         one, other = old["completion_token_ids"], new["completion_token_ids"]
         pairs = enumerate(zip(one, other, strict=False))
@@ -97,8 +98,9 @@ def _explainer(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Mappin
         from specdec.sampling import Sampling
 
         model = _load(config, old, loaded)
-        sampling = Sampling(repetition_penalty=old["repetition_penalty"])
-        found = first_divergence(model, old["prompt_token_ids"], one, other, sampling)
+        sampling = Sampling(repetition_penalty=config["repetition_penalty"])
+        given = read_contexts(folder)[old["context"]].prompt_token_ids
+        found = first_divergence(model, given, one, other, sampling)
         return f"{where}; {found}" if found is not None else f"only the stop reason differs: {old['stop_reason']}"
 
     return explain

@@ -14,14 +14,12 @@ TIMING_FIELDS = frozenset(
         "finished_at",
         "wall_s",
         "prefill_s",
-        "decode_s",
         "draft_s",
         "verify_s",
         "accept_s",
         "other_s",
         "time_to_first_token_s",
         "per_token_latency_s",
-        "latency_ms",
         "tokens_per_sec",
         "batch_wall_s",
         "round_seconds",
@@ -32,11 +30,14 @@ TIMING_FIELDS = frozenset(
 
 
 class Row(BaseModel):
-    """One sample: a turn of a prompt, decoded once by one cell. A field that does not apply is null."""
+    """One sample: a turn of a prompt, decoded once by one cell. A field that does not apply is null.
+
+    What follows from other fields is not stored, nor is what all rows of a run share: see the manifest.
+    """
 
     model_config = ConfigDict(extra="forbid", title="specdec sweep row")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     cell: str = Field(description="id of the cell")
     baseline: str = Field(description="id of the plain cell that this one is compared with")
     is_baseline: bool
@@ -44,77 +45,53 @@ class Row(BaseModel):
     iteration: int = Field(ge=0)
     prompt_id: str
     prompt_idx: int = Field(ge=0, description="place of the prompt in the set")
-    prompt_name: str
     category: str
     turn: int = Field(ge=0)
 
     model: str
-    revision: str | None
-    adapter: str
     drafter: str
     policy: str
     controller: str
     k: int | None = Field(description="depth asked for; hist tells what was drafted in every round")
     temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
     max_new_tokens: int
     batch_size: int
     dtype: str = Field(description="as the loaded weights have it")
     device: str
-    deterministic: bool
     seed: int
     sample_seed: int = Field(description="from seed, iteration, prompt and turn; the same in every cell")
 
+    context: str = Field(description="id of what the model was given, in contexts.jsonl")
     success: bool
     error: str | None = None
     error_type: str | None = None
     traceback: str | None = None
 
-    prompt: str = Field(description="what the user says in this turn")
-    prompt_text: str = Field(default="", description="what the model was given, template included")
-    prompt_token_ids: list[int] = []
     completion_token_ids: list[int] = []
     completion_text: str = ""
-    full_text: str = Field(default="", description="prompt_text and completion_text")
-    text: str = Field(default="", description="completion_text, under the lab's name")
-    completion_token_count: int = 0
     stop_reason: str | None = None
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
-    proposed: int = Field(default=0, description="drafted, under the lab's name")
     target_forwards: int = 0
     draft_forwards: int = 0
     hist: list[list[int]] = Field(default=[[0]], description="hist[k][j]: rounds with k drafted of which j accepted")
     accept_lengths: list[int] = Field(default=[], description="tokens committed by each round, bonus included")
     drafted_depths: list[int] = Field(default=[], description="depth drafted in each round")
     acceptance_rate: float | None = None
-    mean_accepted_length: float | None = None
-    tokens_per_forward: float | None = None
     alpha: float | None = Field(
         default=None, description="mean over judged positions of sum min(p, q), where both exist"
     )
     alpha_positions: int = 0
     batch_tokens: int = Field(default=0, description="new tokens of all samples decoded together with this one")
 
-    kv_append_enabled: bool = True
-    kv_append_backend: str = "in-place"
-    kv_appended_tokens: int = Field(default=0, description="slots kept in the target's cache after the prefill")
-    kv_append_time_ms: float | None = Field(
-        default=None, description="null: written inside the forward, not timed apart"
-    )
-
     finished_at: str | None = None
     wall_s: float | None = Field(
         default=None, description="from the prompt to this sample's last token, prefill included"
     )
     prefill_s: float | None = None
-    decode_s: float | None = None
     draft_s: float | None = None
     verify_s: float | None = None
     accept_s: float | None = None
@@ -123,7 +100,6 @@ class Row(BaseModel):
     per_token_latency_s: float | None = Field(
         default=None, description="seconds for each token after the first round's"
     )
-    latency_ms: float | None = Field(default=None, description="wall_s in milliseconds, under the lab's name")
     tokens_per_sec: float | None = Field(default=None, description="batch_tokens / batch_wall_s")
     batch_wall_s: float | None = None
     shared_machine: bool = Field(

@@ -10,6 +10,7 @@ from specdec.models.report import Progress, silent
 from specdec.run import warm_up
 from specdec.sweep.bench import Bench, Prepared, prepare
 from specdec.sweep.config import Config, differences
+from specdec.sweep.contexts import Context, read_contexts
 from specdec.sweep.grid import Cell, expand
 from specdec.sweep.journal import Journal
 from specdec.sweep.manifest import (
@@ -47,9 +48,11 @@ class Work(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What came of a batch. `traces`: by the key of their row, where the configuration asks for them."""
+    """What came of a batch. `contexts`: of its rows. `traces`: by the key of their row, where the configuration asks
+    for them."""
 
     rows: list[Row]
+    contexts: list[Context]
     traces: list[tuple[Key, Trace]]
 
 
@@ -118,6 +121,7 @@ def run_sweep(
             _check_same(folder, _weights(stored.models_loaded), _weights(manifest.models_loaded))
             if (note := changed_code(stored, manifest)) is not None:
                 write_manifest(folder, stored.model_copy(update={"resumed": [*stored.resumed, note]}))
+        known_contexts = set(read_contexts(folder))
         total = config.iterations * len(cells) * sum(len(prompt.turns) for prompt in chosen)
         plan = Plan(tuple(cells), tuple(chosen), total, len(answers), journal.torn)
         if started is not None:
@@ -129,7 +133,9 @@ def run_sweep(
                 write_trace(trace, trace_file(folder, *key))
             # A batch of which some rows were there is decoded whole, and a worker that is lost decodes twice.
             rows = [row for row in done.rows if row.key not in answers]
-            journal.append([row.model_dump_json() for row in rows])
+            fresh = {context.id: context for context in done.contexts if context.id not in known_contexts}
+            journal.append([row.model_dump_json() for row in rows], [context.line() for context in fresh.values()])
+            known_contexts |= fresh.keys()
             for row in rows:
                 answers[row.key] = answer_of(row)
                 if finished is not None:
@@ -171,7 +177,8 @@ def decode_work(prepared: Prepared, work: Work, config: Config, answers: Answers
     def traced(sample: Sample, trace: Trace) -> None:
         traces.append((_key(prepared.cell, sample), trace))
 
-    return Done(decode_samples(prepared, samples, config, traced), traces)
+    decoded = decode_samples(prepared, samples, config, traced)
+    return Done([one.row for one in decoded], [one.context for one in decoded], traces)
 
 
 def _key(cell: Cell, sample: Sample) -> Key:

@@ -39,9 +39,6 @@ class Sample(NamedTuple):
     hist: tuple[tuple[int, ...], ...]
     alpha: float | None
     alpha_positions: int
-    kv_appended_tokens: int
-    kv_append_time_ms: float | None
-    latency_ms: float | None
     tokens_per_sec: float | None
     time_to_first_token_s: float | None
     per_token_latency_s: float | None
@@ -165,8 +162,7 @@ def _sample(row: dict[str, Any], hists: dict[Any, Any], texts: dict[str, str]) -
         row[name] = texts.setdefault(row[name], row[name])
     hist = tuple(map(tuple, row["hist"]))
     row["hist"] = hists.setdefault(hist, hist)
-    # Rows of before sweeps could run on a cluster have no such field.
-    if row.setdefault("shared_machine", False):
+    if row["shared_machine"]:
         row.update(_UNTIMED)
     return Sample._make((*_fields(row), hash(tuple(row["completion_token_ids"]))))
 
@@ -177,8 +173,7 @@ def _cell(row: dict[str, Any], run: str) -> CellInfo:
 
 _fields: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*Sample._fields[:-1])
 _CELL = tuple(name for name in CellInfo._fields if name not in ("id", "label", "run"))
-_TIMES = ("latency_ms", "tokens_per_sec", "time_to_first_token_s", "per_token_latency_s", "kv_append_time_ms")
-_UNTIMED = dict.fromkeys((*_TIMES, *(name for name in Sample._fields if name.endswith("_s"))))
+_UNTIMED = dict.fromkeys(("tokens_per_sec", *(name for name in Sample._fields if name.endswith("_s"))))
 _NEEDED = {*Sample._fields[:-1], *_CELL, "synthetic", "completion_token_ids"}
 # Objects are made of the needed fields only, which saves two fifths of the time of reading everything.
 _parse = SchemaValidator(

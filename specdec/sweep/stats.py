@@ -56,8 +56,7 @@ class CellSummary(NamedTuple):
     acceptance_rate: Spread
     proposed: Spread
     accepted: Spread
-    kv_appended_tokens: Spread
-    kv_append_time_ms: Spread
+    emitted: Spread
     counts: dict[str, Any]
     alpha: float | None
     speedup: Speedup | None
@@ -127,14 +126,13 @@ def _summarize(cell: CellInfo, samples: Sequence[Sample], plain: Plain) -> CellS
         failures=len(samples) - len(good),
         shared=sum(column["shared_machine"]),
         tokens_per_sec=spread(column["tokens_per_sec"]),
-        latency_ms=spread(column["latency_ms"]),
+        latency_ms=spread(column["wall_s"], unit=1000.0),
         time_to_first_token_ms=spread(column["time_to_first_token_s"], unit=1000.0),
         per_token_latency_ms=spread(column["per_token_latency_s"], unit=1000.0),
         acceptance_rate=spread([accepted / drafted if drafted else None for accepted, drafted in ratios]),
         proposed=spread(column["drafted"]),
         accepted=spread(column["accepted"]),
-        kv_appended_tokens=spread(column["kv_appended_tokens"]),
-        kv_append_time_ms=spread(column["kv_append_time_ms"]),
+        emitted=spread(column["emitted"]),
         counts=_together(tallies.values()).rates(),
         alpha=sum((alpha or 0.0) * count for alpha, count in law) / positions if positions else None,
         speedup=_speedup(pairs),

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.sweep.contexts import whole_rows
 from specdec.sweep.definitions import DEFINITIONS
-from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.samples import Run
-from specdec.sweep.stats import CellSummary, Spread
+from specdec.sweep.stats import CellSummary, Spread, spread
 
 # The lab's columns, in its order.
 LAB_COLUMNS = (
@@ -72,8 +72,10 @@ def columns(summary: CellSummary) -> dict[str, Any]:
         "n_failures": summary.failures,
         "success_rate": 1 - summary.failures / summary.n,
     }
-    for name in ("latency_ms", "tokens_per_sec", "acceptance_rate", "kv_appended_tokens", "kv_append_time_ms"):
+    for name in ("latency_ms", "tokens_per_sec", "acceptance_rate"):
         lab |= _mean_std(name, getattr(summary, name))
+    # Every new token is a slot of the cache, written inside the forward and not timed apart.
+    lab |= _mean_std("kv_appended_tokens", summary.emitted) | _mean_std("kv_append_time_ms", spread([]))
     lab |= _mean_std("proposed", summary.proposed) | _mean_std("accepted", summary.accepted)
     lab |= {"device": cell.device, "dtype": cell.dtype}
     more: dict[str, Any] = {
@@ -106,8 +108,8 @@ def columns(summary: CellSummary) -> dict[str, Any]:
         "hist": counts["hist"],
     }
     for name in ("tokens_per_sec", "latency_ms", "time_to_first_token_ms", "per_token_latency_ms"):
-        spread: Spread = getattr(summary, name)
-        more |= {f"{name}_{part}": getattr(spread, part) for part in ("mean", "median", "std", "min", "max")}
+        found: Spread = getattr(summary, name)
+        more |= {f"{name}_{part}": getattr(found, part) for part in ("mean", "median", "std", "min", "max")}
     more |= {f"{phase}_share": share for phase, share in summary.seconds.items()}
     return {**lab, **{name: value for name, value in more.items() if name not in lab}}
 
@@ -125,7 +127,7 @@ def write_csv(summaries: Sequence[CellSummary], file: Path, *, synthetic: bool) 
 
 
 def write_json(run: Run, summaries: Sequence[CellSummary], file: Path) -> None:
-    """`summary.json` in the lab's layout; its detailed rows are copied from `rows.jsonl` one by one."""
+    """`summary.json` in the lab's layout; its detailed rows are made of `rows.jsonl` one by one."""
     manifest = run.manifest
     head = {
         "synthetic": run.synthetic,
@@ -138,13 +140,32 @@ def write_json(run: Run, summaries: Sequence[CellSummary], file: Path) -> None:
     with file.open("w", encoding="utf-8") as out:
         out.write(json.dumps(head, indent=1)[:-2] + ',\n "detailed_results": [')
         separator = "\n  "
-        for row in read_rows(run.folder / ROWS):
-            names = LAB_DETAILS if row["success"] else (*LAB_DETAILS, *_FAILURE)
-            out.write(separator + json.dumps({"cell": row["cell"], **{name: row[name] for name in names}}))
+        for row in whole_rows(run.folder):
+            out.write(separator + json.dumps(_detail(row)))
             separator = ",\n  "
             if row.get("round_seconds"):
                 detailed[_name(row)] = row["round_seconds"]
         out.write(f'\n ],\n "detailed_metrics": {json.dumps(detailed)}\n}}\n')
+
+
+def _detail(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the lab's detailed results have it, under its names."""
+    text = row["completion_text"]
+    lab = {
+        **row,
+        "prompt_name": row["prompt_id"],
+        "full_text": row["prompt_text"] + text,
+        "text": text,
+        "completion_token_count": row["emitted"],
+        "latency_ms": None if row["wall_s"] is None else 1000 * row["wall_s"],
+        "proposed": row["drafted"],
+        "kv_appended_tokens": row["emitted"],
+        "kv_append_time_ms": None,
+        "kv_append_enabled": True,
+        "kv_append_backend": "in-place",
+    }
+    names = LAB_DETAILS if row["success"] else (*LAB_DETAILS, *_FAILURE)
+    return {"cell": row["cell"], **{name: lab[name] for name in names}}
 
 
 def _categories(summary: CellSummary) -> dict[str, Any]:

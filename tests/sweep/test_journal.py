@@ -1,11 +1,12 @@
 """Rows on disk survive what happens to processes."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from specdec.sweep.journal import ROWS, TORN, Journal, read_rows
+from specdec.sweep.journal import CONTEXTS, ROWS, TORN, Journal, read_rows
 
 
 def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
@@ -24,6 +25,22 @@ def test_a_torn_last_line_is_set_aside(tail: str, tmp_path: Path) -> None:
         journal.append(['{"a": 9}'])
     assert [row["a"] for row in read_rows(tmp_path / ROWS)] == [1, 9]
     assert tail.encode("latin-1") in (tmp_path / TORN).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files")
+def test_a_context_is_on_the_disk_before_the_rows_that_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Journal(tmp_path) as journal:
+        synced = []
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+        journal.append(['{"row": 1}'], ['{"context": 1}'])
+        journal.append(['{"row": 2}'])
+    assert [Path(name).name for name in synced] == [CONTEXTS, ROWS, ROWS]
+    with (tmp_path / CONTEXTS).open("a") as file:
+        file.write('{"conte')
+    with Journal(tmp_path) as journal:
+        assert journal.torn == len('{"conte')
+        journal.append([], ['{"context": 2}'])
+    assert [row["context"] for row in read_rows(tmp_path / CONTEXTS)] == [1, 2]
 
 
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:

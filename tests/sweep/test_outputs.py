@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from specdec.sweep.contexts import whole_rows
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.summary import LAB_COLUMNS, LAB_DETAILS
 from specdec_cli.main import cli
@@ -53,6 +54,7 @@ def test_the_folder_is_complete(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "rows.jsonl",
+        "contexts.jsonl",
         "summary.csv",
         "summary.json",
         "MANIFEST.json",
@@ -162,10 +164,14 @@ def test_rows_are_exported(folder: Path, tmp_path: Path) -> None:
 
     result = invoke("report", folder, "--no-files", "--parquet", tmp_path / "r.parquet", "--csv", tmp_path / "r.csv")
     assert result.exit_code == 0, result.output
-    rows = list(read_rows(folder / ROWS))
+    rows = list(whole_rows(folder))
     table = parquet.read_table(tmp_path / "r.parquet").to_pylist()
     for row, stored in zip(rows, table, strict=True):
-        assert {**stored, "round_seconds": json.loads(stored["round_seconds"])} == {**row, "run": "run"}
+        assert {**stored, "round_seconds": json.loads(stored["round_seconds"])} == {
+            **row,
+            "prompt_token_ids": list(row["prompt_token_ids"]),
+            "run": "run",
+        }
     with (tmp_path / "r.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [json.loads(line["hist"]) for line in lines] == [row["hist"] for row in rows]

@@ -33,10 +33,8 @@ def sample(prompt: str = "0", speed: float = 10.0, **values: Any) -> Sample:
         # One round without a draft, one with one draft, two with two: 0 of 1, 0 of 2 and 2 of 2 accepted.
         "hist": ((1, 0, 0), (1, 0, 0), (1, 0, 1)),
         "alpha_positions": 0,
-        "kv_appended_tokens": 6,
         "tokens_per_sec": float(speed),
         "wall_s": 6 / speed,
-        "latency_ms": 6000 / speed,
         "shared_machine": False,
         "tokens": 1,
     }
@@ -84,7 +82,7 @@ def test_interval_has_its_coverage() -> None:
 
 
 def test_summary_pools_rounds_and_counts_failures() -> None:
-    rows = [sample("a"), sample("b"), sample("c", success=False, tokens_per_sec=None, latency_ms=None)]
+    rows = [sample("a"), sample("b"), sample("c", success=False, tokens_per_sec=None)]
     summary = summarize_cell(CELL, rows, [sample("a", 5), sample("b", 5, tokens=2)])
     assert (summary.n, summary.failures) == (3, 1)
     assert summary.counts["rounds"] == 8
