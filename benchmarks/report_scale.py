@@ -97,6 +97,7 @@ def row(draw: random.Random, cell: tuple[str, str, int], sample: int) -> str:
         per_token_latency_s=(wall - 0.09) / NEW_TOKENS,
         tokens_per_sec=NEW_TOKENS / wall,
         batch_wall_s=wall,
+        memory_mib={"rss_peak": draw.uniform(800, 900)},
     ).model_dump_json()
 
 

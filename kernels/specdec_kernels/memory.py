@@ -1,6 +1,7 @@
 """How much memory a process has used, on its device and on the host."""
 
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -11,7 +12,8 @@ def memory(device: torch.device | str = "cpu") -> dict[str, float]:
     """MiB by name; what the platform does not tell is left out.
 
     `rss_peak`: the largest resident size of the process. On CUDA `allocated`, `reserved` (by the caching allocator) and
-    their peaks since the start or `reset_peaks`; on MPS `allocated` and `reserved` (by the driver), as they are now.
+    their peaks; on MPS `allocated` and `reserved` (by the driver), as they are now. Peaks are those since the start, or
+    since `reset_peaks`.
     """
     device = torch.device(device)
     found: dict[str, float] = {}
@@ -32,9 +34,13 @@ def memory(device: torch.device | str = "cpu") -> dict[str, float]:
 
 
 def reset_peaks(device: torch.device | str) -> None:
-    """Begin the device's peaks anew; the host's cannot be."""
+    """Begin the peaks of the device and of the host anew; the host's only on Linux."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    # Without the right to write there, the peak stays that of the process.
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        # 5 stands for the peak of the resident size; see proc_pid_clear_refs(5).
+        file.write("5")
 
 
 def _resident_peak() -> float | None:

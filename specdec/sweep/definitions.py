@@ -16,6 +16,7 @@ DEFINITIONS: Mapping[str, str] = {
     "per_position": "of the rounds whose draft reached depth i, the share in which depth i was accepted",
     "per_position_conditional": "of those in which depth i - 1 was accepted, the share in which depth i was, too",
     "alpha": "mean over judged positions of sum min(p, q) of the target's and the draft's law: the expected acceptance",
+    "memory_mib": "largest of all samples; the process holds the models of all cells, device sizes are its allocator's",
     "hist": "hist[k][j]: rounds with a draft k deep of which j were accepted",
     "identical_to_plain": "share of the samples whose tokens are those of plain decoding; for greedy and coupled cells",
 }

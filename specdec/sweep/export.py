@@ -16,6 +16,8 @@ from specdec.sweep.contexts import Context, whole_rows
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.samples import Run
 
+# Fields that hold names, and are written as JSON.
+_JSON = ("round_seconds", "memory_mib")
 # Rows held in memory at a time.
 _CHUNK = 2000
 
@@ -30,12 +32,12 @@ def write_parquet(runs: Sequence[Run], file: Path) -> None:
         for run in runs:
             rows = whole_rows(run.folder)
             while chunk := list(islice(rows, _CHUNK)):
-                table = [{**row, "run": run.name, "round_seconds": json.dumps(row["round_seconds"])} for row in chunk]
+                table = [{**row, "run": run.name, **{name: json.dumps(row[name]) for name in _JSON}} for row in chunk]
                 writer.write_table(pa.Table.from_pylist(table, schema=schema))
 
 
 def arrow_schema() -> Any:
-    """The columns of the Parquet table: the fields of `Row` and of its context; `round_seconds` as JSON."""
+    """The columns of the Parquet table: the fields of `Row` and of its context; those of `_JSON` as text."""
     import pyarrow as pa
 
     from specdec.sweep.row import Row
@@ -45,7 +47,7 @@ def arrow_schema() -> Any:
     for name, field in Row.model_json_schema()["properties"].items():
         options = field.get("anyOf", [field])
         kind = next(option for option in options if option.get("type") != "null")
-        if name == "round_seconds":
+        if name in _JSON:
             fields.append((name, pa.string()))
         elif kind["type"] == "array":
             items = kind["items"]
@@ -68,8 +70,10 @@ def write_rows_csv(runs: Sequence[Run], file: Path) -> None:
         writer.writeheader()
         for run in runs:
             for row in whole_rows(run.folder):
-                lists = {name: json.dumps(value) for name, value in row.items() if isinstance(value, list | tuple)}
-                writer.writerow({"run": run.name, **row, **lists})
+                lists = {
+                    name: json.dumps(value) for name, value in row.items() if isinstance(value, list | tuple | dict)
+                }
+                writer.writerow({"run": run.name, **row, **{name: json.dumps(value) for name, value in nested.items()}})
 
 
 def write_spec_bench(run: Run, folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from specdec.sweep.row import Row
 from specdec.target import check_length, encode_messages
 from specdec.trace.recorder import Choices, Recorder
 from specdec.trace.records import Trace
+from specdec_kernels.memory import memory, reset_peaks
 
 
 class Sample(NamedTuple):
@@ -48,6 +49,7 @@ class _Course(NamedTuple):
     alpha: list[float]
     positions: list[int]
     rounds: list[dict[str, float]]
+    memory: dict[str, float]
 
 
 def decode_samples(
@@ -118,6 +120,7 @@ def _follow(prepared: Prepared, recorder: Recorder | None = None, *, detailed: b
     rounds: list[dict[str, float]] = []
     before = [len(prompt) for prompt in prepared.job.prompts]
     last: Progress | None = None
+    reset_peaks(prepared.job.parts.model.device)
     for progress in decode_rounds(prepared.job):
         if recorder is not None:
             recorder.observe(progress)
@@ -147,7 +150,8 @@ def _follow(prepared: Prepared, recorder: Recorder | None = None, *, detailed: b
                 )
         last = progress
     assert last is not None
-    return _Course(last, texts, lengths, depths, finished, first, alpha, positions, rounds)
+    used = memory(prepared.job.parts.model.device)
+    return _Course(last, texts, lengths, depths, finished, first, alpha, positions, rounds, used)
 
 
 def _depths(progress: Progress) -> list[int]:
@@ -184,6 +188,7 @@ def _finished(prepared: Prepared, sample: Sample, prompt: Sequence[int], course:
         per_token_latency_s=(wall - first) / later if later else None,
         tokens_per_sec=course.last.emitted / course.last.wall_s,
         batch_wall_s=course.last.wall_s,
+        memory_mib={name: round(size, 1) for name, size in course.memory.items()},
         round_seconds=course.rounds or None,
     )
 

@@ -52,6 +52,7 @@ def page(runs: Sequence[Run], summaries: Sequence[CellSummary], drawn: Sequence[
             tables.positions_table,
         ),
         ("Where the time goes", "shares of the wall time; latency with its standard deviation", tables.times_table),
+        ("Memory", DEFINITIONS["memory_mib"], tables.memory_table),
     ]
     if several:
         shown.insert(0, ("Speedup by category", "paired by prompt and iteration", tables.categories_table))

@@ -23,6 +23,7 @@ TIMING_FIELDS = frozenset(
         "tokens_per_sec",
         "batch_wall_s",
         "round_seconds",
+        "memory_mib",
         "shared_machine",
         "traceback",
     }
@@ -104,6 +105,11 @@ class Row(BaseModel):
     batch_wall_s: float | None = None
     shared_machine: bool = Field(
         default=False, description="timed while other cells ran on the machine; no figure is made of such times"
+    )
+    memory_mib: dict[str, float] | None = Field(
+        default=None,
+        description="while its batch was decoded; rss_peak: the process (over its whole life where the system is not "
+        "Linux); allocated, reserved and their peaks: the device, on CUDA, and without peaks on MPS",
     )
     round_seconds: list[dict[str, float]] | None = Field(default=None, description="by phase, with detailed_metrics")
 

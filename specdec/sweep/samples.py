@@ -48,6 +48,7 @@ class Sample(NamedTuple):
     verify_s: float | None
     accept_s: float | None
     other_s: float | None
+    memory_mib: dict[str, float] | None
     shared_machine: bool
     tokens: int
 

@@ -15,6 +15,8 @@ _CONFIDENCE, _RESAMPLES = 0.95, 2000
 _AT_ONCE = 500_000
 # Resampling three or four prompts gives intervals that look far too sure.
 _FEWEST_UNITS = 5
+# Sizes that a row may know, see `specdec_kernels.memory`.
+MEMORY = ("rss_peak", "allocated", "allocated_peak", "reserved", "reserved_peak")
 PHASES = ("prefill", "draft", "verify", "accept", "other")
 
 
@@ -43,7 +45,8 @@ class Speedup(NamedTuple):
 
 class CellSummary(NamedTuple):
     """A row of the results. `counts`: see `specdec.rates`, over all samples. `seconds`: share of the time
-    by phase, `None` without times. `shared`: samples whose times are left out, because cells shared a machine."""
+    by phase, `None` without times. `memory_mib`: the largest of all samples by name, where it is known. `shared`:
+    samples whose times are left out, because cells shared a machine."""
 
     cell: CellInfo
     n: int
@@ -62,6 +65,7 @@ class CellSummary(NamedTuple):
     speedup: Speedup | None
     identical: float | None
     seconds: dict[str, float | None]
+    memory_mib: dict[str, float]
     categories: dict[str, "CategorySummary"]
 
 
@@ -138,6 +142,7 @@ def _summarize(cell: CellInfo, samples: Sequence[Sample], plain: Plain) -> CellS
         speedup=_speedup(pairs),
         identical=_identical(good, plain) if _must_equal(cell) else None,
         seconds={phase: _sum(column[f"{phase}_s"]) / total if total else None for phase in PHASES},
+        memory_mib=_largest(column["memory_mib"]),
         categories=dict(_categories(members, tallies, pairs)),
     )
 
@@ -283,6 +288,12 @@ def _must_equal(cell: CellInfo) -> bool:
 def _identical(samples: Sequence[Sample], plain: Plain) -> float | None:
     same = [sample.tokens == plain.tokens[sample.pair] for sample in samples if sample.pair in plain.tokens]
     return sum(same) / len(same) if same else None
+
+
+def _largest(sizes: Iterable[Mapping[str, float] | None]) -> dict[str, float]:
+    """The largest size of each name."""
+    known = [size for size in sizes if size]
+    return {name: max(found) for name in MEMORY if (found := [size[name] for size in known if name in size])}
 
 
 def _sum(seconds: Iterable[float | None]) -> float:

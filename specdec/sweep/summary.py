@@ -9,7 +9,7 @@ from typing import Any
 from specdec.sweep.contexts import whole_rows
 from specdec.sweep.definitions import DEFINITIONS
 from specdec.sweep.samples import Run
-from specdec.sweep.stats import CellSummary, Spread, spread
+from specdec.sweep.stats import MEMORY, CellSummary, Spread, spread
 
 # The lab's columns, in its order.
 LAB_COLUMNS = (
@@ -111,6 +111,7 @@ def columns(summary: CellSummary) -> dict[str, Any]:
         found: Spread = getattr(summary, name)
         more |= {f"{name}_{part}": getattr(found, part) for part in ("mean", "median", "std", "min", "max")}
     more |= {f"{phase}_share": share for phase, share in summary.seconds.items()}
+    more |= {f"memory_{name}_mib": summary.memory_mib.get(name) for name in MEMORY}
     return {**lab, **{name: value for name, value in more.items() if name not in lab}}
 
 

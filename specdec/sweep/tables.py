@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from specdec.sweep.definitions import DEFINITIONS
-from specdec.sweep.stats import PHASES, CellSummary, Speedup, Spread
+from specdec.sweep.stats import MEMORY, PHASES, CellSummary, Speedup, Spread
 from specdec.sweep.summary import columns
 
 Format = Literal["markdown", "latex", "csv"]
@@ -90,6 +90,15 @@ def times_table(summaries: Sequence[CellSummary]) -> Table:
         for summary in summaries
     ]
     return ["share of time", *PHASES, "latency, ms"], rows
+
+
+def memory_table(summaries: Sequence[CellSummary]) -> Table:
+    """What each cell needed, where the platform tells."""
+    names = [name for name in MEMORY if any(name in summary.memory_mib for summary in summaries)]
+    rows = [
+        [summary.cell.label, *(_number(summary.memory_mib.get(name), 0) for name in names)] for summary in summaries
+    ]
+    return ["MiB", *(name.replace("_", " ").replace("rss", "process") for name in names)], rows if names else []
 
 
 def _result(summary: CellSummary, laws: bool, same: bool) -> list[str]:

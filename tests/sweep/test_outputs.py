@@ -167,7 +167,8 @@ def test_rows_are_exported(folder: Path, tmp_path: Path) -> None:
     rows = list(whole_rows(folder))
     table = parquet.read_table(tmp_path / "r.parquet").to_pylist()
     for row, stored in zip(rows, table, strict=True):
-        assert {**stored, "round_seconds": json.loads(stored["round_seconds"])} == {
+        parsed = {name: json.loads(stored[name]) for name in ("round_seconds", "memory_mib")}
+        assert {**stored, **parsed} == {
             **row,
             "prompt_token_ids": list(row["prompt_token_ids"]),
             "run": "run",

@@ -69,6 +69,7 @@ def test_a_row_for_every_sample_with_what_was_decoded(sweep: Sweep, tmp_path: Pa
         assert row["wall_s"] == pytest.approx(row["prefill_s"] + rounds)
         assert row["prefill_s"] < row["time_to_first_token_s"] <= row["wall_s"]
         assert row["tokens_per_sec"] == pytest.approx(row["emitted"] / row["wall_s"])
+        assert row["memory_mib"]["rss_peak"] > 10
         assert row["dtype"] == "float64"
         assert row["synthetic"] is True
 

@@ -9,6 +9,8 @@ import pytest
 from specdec.sweep.conventions import spec_bench, spec_bench_compat, speed_bench, vllm
 from specdec.sweep.samples import CellInfo, Sample
 from specdec.sweep.stats import interval, paired_speedup, spread, summarize_cell
+from specdec.sweep.summary import columns
+from specdec.sweep.tables import memory_table
 
 CELL = CellInfo("a", "a", "run", "m", "ngram", "greedy", "fixed:k=2", 2, 0.0, 9, 1, 0, "cpu", "float32", False)
 
@@ -39,6 +41,16 @@ def sample(prompt: str = "0", speed: float = 10.0, **values: Any) -> Sample:
         "tokens": 1,
     }
     return Sample(**{**defaults, **values})
+
+
+def test_memory_is_the_largest_of_all_samples() -> None:
+    sizes = [{"rss_peak": 5.0, "reserved_peak": 2.0}, None, {"rss_peak": 7.0}]
+    found = summarize_cell(CELL, [sample(memory_mib=size) for size in sizes], [])
+    assert found.memory_mib == {"rss_peak": 7.0, "reserved_peak": 2.0}
+    assert columns(found)["memory_rss_peak_mib"] == 7.0
+    assert columns(found)["memory_allocated_mib"] is None
+    assert memory_table([found]) == (["MiB", "process peak", "reserved peak"], [["a", "7", "2"]])
+    assert memory_table([summarize_cell(CELL, [sample()], [])])[1] == []
 
 
 def test_spread_has_the_usual_moments() -> None:
