@@ -11,7 +11,7 @@ from specdec.sampling import Sampling
 from specdec.state import init_state, output_tokens
 from specdec.step import build_step
 from specdec.text import TextRule, iterate_text
-from specdec.transforms import Parts, timed_function, timed_parts, with_timing
+from specdec.transforms import Parts, spanned_function, timed_parts, with_timing
 from specdec.types import STOP_REASONS, DecodeState, StepInfo
 from specdec_kernels.clock import Clock
 
@@ -57,7 +57,7 @@ def decode_rounds(job: Job) -> Iterator[Progress]:
     """Decode a batch; the first item is the state after the prefill."""
     clock = Clock(job.parts.model.device)
     parts = timed_parts(job.parts, clock)
-    timed_keep = timed_function("cache", keep, clock)
+    timed_keep = spanned_function("cache", keep, clock.span)
     step = build_step(*parts, sampling=job.sampling, eos_ids=job.eos_ids, keep=timed_keep)
     step = with_timing(step, clock)
     begin = clock.now()

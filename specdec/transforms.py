@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from specdec_kernels.clock import Clock
 D = TypeVar("D")
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
+# What opens a span of time under a name.
+Span = Callable[[str], AbstractContextManager[object]]
 
 
 class Parts(NamedTuple):
@@ -25,30 +28,35 @@ class Parts(NamedTuple):
 
 
 def timed_parts(parts: Parts, clock: Clock) -> Parts:
-    """The same parts, their time added to `clock`: target forwards as `verify` (`prefill` where no logits are asked
-    for), the drafter as `draft`, the policy's randomness as `sampling` and its verdict as `accept`."""
+    """The same parts, their time added to `clock`, by the phases of `spanned_parts`."""
+    return spanned_parts(parts, clock.span)
 
-    def timed(name: str, function: F) -> F:
-        return timed_function(name, function, clock)
+
+def spanned_parts(parts: Parts, span: Span) -> Parts:
+    """The same parts, each call inside a `span`: target forwards as `verify` (`prefill` where no logits are asked for),
+    the drafter as `draft`, the policy's randomness as `sampling` and its verdict as `accept`."""
+
+    def spanned(name: str, function: F) -> F:
+        return spanned_function(name, function, span)
 
     model, drafter, policy, controller = parts
     return Parts(
-        model._replace(forward=timed("verify", model.forward)),
+        model._replace(forward=spanned("verify", model.forward)),
         drafter._replace(
-            init=timed("prefill", drafter.init),
-            propose=timed("draft", drafter.propose),
-            observe=timed("draft", drafter.observe),
+            init=spanned("prefill", drafter.init),
+            propose=spanned("draft", drafter.propose),
+            observe=spanned("draft", drafter.observe),
         ),
-        policy._replace(draw=timed("sampling", policy.draw), verify=timed("accept", policy.verify)),
+        policy._replace(draw=spanned("sampling", policy.draw), verify=spanned("accept", policy.verify)),
         controller,
     )
 
 
-def timed_function(name: str, function: F, clock: Clock) -> F:
-    """`function`, its time added to `clock`; `prefill` where it is told to compute no logits."""
+def spanned_function(name: str, function: F, span: Span) -> F:
+    """`function` inside a `span` of that name; `prefill` where it is told to compute no logits."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with clock.span("prefill" if kwargs.get("logits") is False else name):
+        with span("prefill" if kwargs.get("logits") is False else name):
             return function(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]  # a wrapper has its function's signature

@@ -70,10 +70,9 @@ def write_rows_csv(runs: Sequence[Run], file: Path) -> None:
         writer.writeheader()
         for run in runs:
             for row in whole_rows(run.folder):
-                lists = {
-                    name: json.dumps(value) for name, value in row.items() if isinstance(value, list | tuple | dict)
-                }
-                writer.writerow({"run": run.name, **row, **{name: json.dumps(value) for name, value in nested.items()}})
+                nested = {name: value for name, value in row.items() if isinstance(value, list | tuple | dict)}
+                as_json = {name: json.dumps(value) for name, value in nested.items()}
+                writer.writerow({"run": run.name, **row, **as_json})
 
 
 def write_spec_bench(run: Run, folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from specdec.sweep.detailed import DETAILED, write_detailed
 from specdec.sweep.export import write_profile
 from specdec.sweep.report import write_report
 from specdec.sweep.samples import read_run, uncollected
@@ -14,6 +15,8 @@ def finish_folder(folder: Path) -> list[CellSummary]:
     with uncollected():
         run = read_run(folder)
         write_profile(run, folder / "profile.json")
+        if run.manifest is not None and run.manifest.config["detailed_metrics"]:
+            write_detailed(run, folder / DETAILED)
         summaries = write_report([run], folder)
         write_json(run, summaries, folder / "summary.json")
         return summaries

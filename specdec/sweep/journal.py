@@ -121,6 +121,16 @@ def read_rows(file: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[di
                 bad = number
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Replace `file` in one step: a reader sees the old text or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
 def _is_row(line: bytes) -> bool:
     try:
         return isinstance(from_json(line), dict)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from specdec.sweep import flags
 from specdec.sweep.config import Config
 from specdec.sweep.definitions import DEFINITIONS
-from specdec.sweep.journal import CONTEXTS, ROWS
+from specdec.sweep.journal import CONTEXTS, ROWS, write_whole
 from specdec.sweep.prompts import Prompt, hash_prompts, write_prompts
 
 if TYPE_CHECKING:
@@ -104,12 +104,7 @@ def write_setting(folder: Path, config: Config, prompts: Sequence[Prompt]) -> No
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: a reader sees the old one or the new one."""
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -189,7 +189,8 @@ def _finished(prepared: Prepared, sample: Sample, prompt: Sequence[int], course:
         tokens_per_sec=course.last.emitted / course.last.wall_s,
         batch_wall_s=course.last.wall_s,
         memory_mib={name: round(size, 1) for name, size in course.memory.items()},
-        round_seconds=course.rounds or None,
+        # Those of the batch, once.
+        round_seconds=course.rounds if row == 0 and course.rounds else None,
     )
 
 

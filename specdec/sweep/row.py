@@ -111,7 +111,10 @@ class Row(BaseModel):
         description="while its batch was decoded; rss_peak: the process (over its whole life where the system is not "
         "Linux); allocated, reserved and their peaks: the device, on CUDA, and without peaks on MPS",
     )
-    round_seconds: list[dict[str, float]] | None = Field(default=None, description="by phase, with detailed_metrics")
+    round_seconds: list[dict[str, float]] | None = Field(
+        default=None,
+        description="of every round of the batch, by phase, in its first row; with detailed_metrics or profile",
+    )
 
     @property
     def key(self) -> Key:

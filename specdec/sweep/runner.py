@@ -1,6 +1,7 @@
 """Running a sweep: every sample of every cell once, in an order that is fair to all cells, into a run folder."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ from specdec.run import warm_up
 from specdec.sweep.bench import Bench, Prepared, prepare
 from specdec.sweep.config import Config, differences
 from specdec.sweep.contexts import Context, read_contexts
+from specdec.sweep.detailed import profile_cell, read_operations, write_operations
 from specdec.sweep.grid import Cell, expand
 from specdec.sweep.journal import Journal
 from specdec.sweep.manifest import (
@@ -126,6 +128,8 @@ def run_sweep(
         plan = Plan(tuple(cells), tuple(chosen), total, len(answers), journal.torn)
         if started is not None:
             started(plan)
+        if config.detailed_metrics:
+            _record_operations(folder, bench, chosen[0], config, progress)
         run = execute or partial(run_here, progress=progress)
         for done in run(bench, config, chosen, schedule(cells, chosen, config.iterations), answers):
             for key, trace in done.traces:
@@ -193,12 +197,23 @@ def _with_answers(sample: Sample, cell: str, answers: Answers) -> Sample:
 
 def warm_up_cell(prepared: Prepared, prompt: Prompt, config: Config) -> None:
     """A few rounds that nobody counts; a cell that cannot run says so in its rows."""
-    try:
+    # The same failure comes again with the first sample, and is recorded there.
+    with suppress(Exception):
         tokens = encode_sample(prepared, Sample(0, prompt, 0, 0), config)
         warm_up(prepared.job._replace(prompts=[tokens] * prepared.cell.batch_size))
-    except Exception:
-        # The same failure comes again with the first sample, and is recorded there.
-        return
+
+
+def _record_operations(folder: Path, bench: Bench, prompt: Prompt, config: Config, progress: Progress) -> None:
+    """Profile a few rounds of every cell that has none in the folder, apart from the rounds that are measured."""
+    known = read_operations(folder)
+    for place, prepared in enumerate(bench.cells):
+        if prepared.cell.id not in known:
+            progress("profiling", place, len(bench.cells))
+            warm_up_cell(prepared, prompt, config)
+            # What fails here fails again with the first sample, and is recorded there.
+            with suppress(Exception):
+                known[prepared.cell.id] = profile_cell(prepared, prompt, config)
+    write_operations(folder, known)
 
 
 def answer_of(row: Row) -> str | None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from specdec.step import decode
 from specdec.sweep import bench, runner
 from specdec.sweep.config import Config
 from specdec.sweep.contexts import read_contexts
+from specdec.sweep.finish import finish_folder
 from specdec.sweep.grid import expand
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.manifest import Manifest, read_manifest, schema_text
@@ -91,7 +93,7 @@ def test_rows_and_manifest_satisfy_the_shipped_schemas(sweep: Sweep, tmp_path: P
     validator = jsonschema.Draft202012Validator(row_schema)
     for row in rows:
         validator.validate(row)
-        assert row["round_seconds"]
+        assert len(row["round_seconds"]) == row["rounds"]
     manifest_schema = json.loads((SCHEMAS / "manifest.schema.json").read_text())
     assert manifest_schema == json.loads(schema_text(Manifest))
     jsonschema.validate(json.loads((tmp_path / "run" / "MANIFEST.json").read_text()), manifest_schema)
@@ -287,6 +289,35 @@ def stable(folder: Path, *, ordered: bool = False) -> list[str]:
     """The rows as text without their times."""
     lines = [json.dumps(without_timing(row)) for row in read_rows(folder / ROWS)]
     return lines if ordered else sorted(lines)
+
+
+def test_detailed_metrics_are_histograms_of_all_rounds_and_profiled_operations(
+    sweep: Sweep, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    rows = sweep(detailed_metrics=True, drafter="model", batch_size=2)
+    finish_folder(tmp_path / "run")
+    cells = json.loads((tmp_path / "run" / "detailed.json").read_text())["cells"]
+    assert list(cells) == ["plain", "model k=2"]
+    for name, found in cells.items():
+        own = [row for row in rows if row["cell"] == name]
+        # Two batches: two prompts, and one.
+        assert [row["round_seconds"] is not None for row in own] == [True, False, True]
+        lengths = Counter(length for row in own for length in row["accept_lengths"])
+        assert found["accepted_length"] == {str(length): lengths[length] for length in sorted(lengths)}
+        assert {"total", "draft", "verify", "accept", "sampling", "host"} <= found["seconds"].keys()
+        times = [seconds for row in own for seconds in row["round_seconds"] or []]
+        for phase, histogram in found["seconds"].items():
+            values = [seconds.get(phase, 0.0) for seconds in times]
+            assert sum(histogram["counts"]) == histogram["rounds"] == len(times)
+            assert (histogram["edges"][0], histogram["edges"][-1]) == (min(values), max(values))
+            assert histogram["quantiles"]["0.5"] == pytest.approx(statistics.median(values))
+        assert 0 < found["profiled"]["rounds"] <= 16
+        operations = {one["name"]: one for one in found["profiled"]["operations"]}
+        assert operations["specdec.verify"]["calls"] == found["profiled"]["rounds"]
+        assert any(name.startswith("aten::") for name in operations)
+    before = (tmp_path / "run" / "operations.json").read_bytes()
+    run_sweep(make_config(detailed_metrics=True, drafter="model", batch_size=2), tmp_path / "run")
+    assert (tmp_path / "run" / "operations.json").read_bytes() == before
 
 
 def test_timing_fields_are_fields_of_rows() -> None:
