@@ -1,0 +1,127 @@
+"""What measuring costs, on the real model: a timed step against one without a timer, the phases against an outer clock,
+and a sweep against the decoding in it.
+
+Contenders take turns prompt by prompt; ratios are paired. `off again` is the step without a timer once more: its ratio
+to itself is the noise of the machine.
+
+python benchmarks/overhead.py --out docs/results/overhead.jsonl
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import Rows
+from decode_cpu import default_parts
+
+from specdec import build_step, init_state, iterate
+from specdec.models.loading import load
+from specdec.sweep.config import parse_config
+from specdec.sweep.finish import finish_folder
+from specdec.sweep.journal import ROWS, read_rows
+from specdec.sweep.prompts import SUITE
+from specdec.sweep.runner import run_sweep
+from specdec.target import encode_messages
+from specdec.transforms import Parts, timed_parts, with_timing
+from specdec_kernels.clock import Clock
+
+MODEL = "smollm2-135m"
+
+
+def rounds(parts: Parts, prompt: Sequence[int], new_tokens: int, clock: Clock | None) -> tuple[float, dict[str, float]]:
+    """Seconds of all rounds by an outer clock, and by phase where `clock` times the step."""
+    parts = parts if clock is None else timed_parts(parts, clock)
+    step = build_step(*parts)
+    step = step if clock is None else with_timing(step, clock)
+    state = init_state(
+        [prompt], model=parts.model, drafter=parts.drafter, controller=parts.controller, max_new_tokens=new_tokens
+    )
+    phases: dict[str, float] = {}
+    begin = time.perf_counter()
+    for _, info in iterate(step, state):
+        for name, seconds in (info.timing or {}).items():
+            phases[name] = phases.get(name, 0.0) + seconds
+    return time.perf_counter() - begin, phases
+
+
+def timing_cost(new_tokens: int, repeats: int) -> dict[str, Any]:
+    """A timed step against one without a timer; the shares of the outer clock that the phases hold."""
+    loaded = load(MODEL)
+    parts = default_parts(loaded)
+    prompts = [encode_messages(loaded, [{"role": "user", "content": text}], chat=None) for text in SUITE]
+    contenders: Mapping[str, Callable[[], Clock | None]] = {"off": lambda: None, "on": Clock, "off again": lambda: None}
+    ratios: dict[str, list[float]] = {"on": [], "off again": []}
+    parted, named = [], []
+    for _ in range(2):
+        rounds(parts, prompts[0], new_tokens, None)
+    order = list(contenders)
+    for _ in range(repeats):
+        for prompt in prompts:
+            found = {name: rounds(parts, prompt, new_tokens, contenders[name]()) for name in order}
+            order = [*order[1:], order[0]]
+            for name, values in ratios.items():
+                values.append(found[name][0] / found["off"][0])
+            wall, phases = found["on"]
+            whole = sum(seconds for name, seconds in phases.items() if name != "total")
+            parted.append(whole / wall)
+            named.append((whole - phases["host"]) / wall)
+    return {
+        "pairs": len(parted),
+        **{f"{name.replace(' ', '_')}_over_off": _spread(values) for name, values in ratios.items()},
+        "phases_over_wall": _spread(parted),
+        "phases_without_host_over_wall": _spread(named),
+    }
+
+
+def sweep_cost(new_tokens: int) -> dict[str, Any]:
+    """Seconds of a sweep before, during and after its samples, and those that its rows say were decoding."""
+    settings = {"drafter": ["ngram", "suffix"], "k": "2,4", "max_new_tokens": new_tokens, "iterations": 1, "warmup": 0}
+    config = parse_config({"model": MODEL, **settings})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        marks = [time.perf_counter()]
+        run_sweep(config, folder, started=lambda plan: marks.append(time.perf_counter()))
+        marks.append(time.perf_counter())
+        finish_folder(folder)
+        marks.append(time.perf_counter())
+        rows = list(read_rows(folder / ROWS))
+    start, run, finish = (end - begin for begin, end in pairwise(marks))
+    decoding = sum(row["batch_wall_s"] for row in rows)
+    return {
+        "samples": len(rows),
+        "start_s": start,
+        "run_s": run,
+        "finish_s": finish,
+        "decoding_s": decoding,
+        "overhead_of_run": 1 - decoding / run,
+        "overhead_ms_per_sample": 1000 * (run - decoding) / len(rows),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(values, n=4)
+    return {"median": quartiles[1], "low": quartiles[0], "high": quartiles[2], "min": min(values), "max": max(values)}
+
+
+@click.command()
+@click.option("--new-tokens", default=64, show_default=True)
+@click.option("--repeats", default=3, show_default=True, help="Of the ten prompts, for the step.")
+@click.option("--out", type=click.Path(path_type=Path), help="Append the rows and their provenance there.")
+def main(new_tokens: int, repeats: int, out: Path | None) -> None:
+    settings = {"model": MODEL, "new_tokens": new_tokens, "repeats": repeats}
+    with torch.inference_mode():
+        measured = {"timing": timing_cost(new_tokens, repeats), "sweep": sweep_cost(new_tokens)}
+    for kind, found in measured.items():
+        click.echo(f"{kind}: {found}")
+        if out is not None:
+            Rows(out, **settings).add(kind=kind, **found)
+
+
+if __name__ == "__main__":
+    main()
