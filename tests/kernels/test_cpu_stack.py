@@ -130,6 +130,23 @@ def test_nodes_at_once_equal_nodes_one_by_one_bit_for_bit(kind, format, instruct
     assert torch.equal(slots[:, :, :13], single[:, :, :13])
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_many_nodes_equal_few_over_a_long_cache_bit_for_bit(instruction_set):
+    # 500 nodes over 1000 slots are too many for threads to share blocks of the cache; 50 are not.
+    stack, n = build_pair("mistral").stack, 1000
+    tokens, states = random_tokens(1, n), []
+    for size in (500, 50):
+        slots = empty_slots(stack, 1, capacity=n)
+        parts = [
+            run_chain(stack, slots, tokens[:, begin : begin + size], begin, states=True, logits=False,
+                      instruction_set=instruction_set).states
+            for begin in range(0, n, size)
+        ]  # fmt: skip
+        states.append(torch.cat(parts, 1))
+    assert states[0].isfinite().all()
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_batch_of_ragged_rows_equals_its_rows_alone(format):
     stack = build_pair("llama", format).stack

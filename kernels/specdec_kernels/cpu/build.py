@@ -26,7 +26,8 @@ _COMMON = (
 
 # One instruction set per translation unit: what only some processors have must stay out of the code all of them run.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512, "avx512vnni.cpp": (*_AVX512, "-mavx512vnni")}
 
 
 def library_path() -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec_kernels.cpu.build import BuildError, library_path
 
 # Fastest first; which of them exist depends on the machine the library was compiled on.
-INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "neon", "portable")
 
 
 class Matrix(ctypes.Structure):

@@ -6,8 +6,8 @@
 namespace {
 
 const specdec::Kernels* find(const char* name) {
-    const specdec::Kernels* all[] = {specdec::kernels_avx512, specdec::kernels_avx2, specdec::kernels_neon,
-                                     specdec::kernels_portable};
+    const specdec::Kernels* all[] = {specdec::kernels_avx512vnni, specdec::kernels_avx512, specdec::kernels_avx2,
+                                     specdec::kernels_neon, specdec::kernels_portable};
     for (const specdec::Kernels* kernels : all)
         if (kernels != nullptr && std::strcmp(kernels->name, name) == 0) return kernels;
     return nullptr;
@@ -18,9 +18,10 @@ bool runs(const char* name) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (std::strcmp(name, "avx2") == 0) return avx2;
-    if (std::strcmp(name, "avx512") == 0)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (std::strcmp(name, "avx512") == 0) return avx512;
+    if (std::strcmp(name, "avx512vnni") == 0) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
     return find(name) != nullptr;
 }

@@ -68,6 +68,7 @@ struct Kernels {
 };
 
 // Null where the build does not target the instruction set.
+extern const Kernels* const kernels_avx512vnni;
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_neon;

@@ -33,8 +33,8 @@ struct Pool {
     std::mutex mutex;
     std::condition_variable wake;
     std::vector<std::thread> workers;
-    std::unique_ptr<Phase[]> phases;
-    int64_t num_phases = 0;
+    std::unique_ptr<Counter[]> counters;
+    int64_t num_counters = 0;
     std::atomic<uint64_t> gate{0};
     std::atomic<int64_t> reached{0};
     Team team{};
@@ -68,21 +68,19 @@ struct Pool {
     }
 
     void run(int threads, int64_t count, Body function, void* argument) {
-        if (count > num_phases) {
-            phases.reset(new Phase[static_cast<std::size_t>(count)]);
-            num_phases = count;
+        const int64_t needed = count * (1 + threads);
+        if (needed > num_counters) {
+            counters.reset(new Counter[static_cast<std::size_t>(needed)]);
+            num_counters = needed;
         }
-        for (int64_t i = 0; i < count; ++i) {
-            phases[i].next.store(0, std::memory_order_relaxed);
-            phases[i].done.store(0, std::memory_order_relaxed);
-        }
+        for (int64_t i = 0; i < needed; ++i) counters[i].value.store(0, std::memory_order_relaxed);
         reached.store(0, std::memory_order_relaxed);
         const uint64_t region = gate.load(std::memory_order_relaxed) / REGION;
         while (static_cast<int>(workers.size()) < threads - 1) {
             const int thread = static_cast<int>(workers.size()) + 1;
             workers.emplace_back([this, thread, region] { work(thread, region); });
         }
-        team = Team{threads, phases.get(), &reached};
+        team = Team{threads, counters.get(), counters.get() + count, &reached};
         body = function;
         context = argument;
         {
@@ -110,8 +108,8 @@ std::size_t memory_bytes = 0;
 
 }  // namespace
 
-void wait_for(const Phase& phase, int64_t tasks) {
-    for (int spin = 0; phase.done.load(std::memory_order_acquire) != tasks; ++spin) {
+void wait_for(const Counter& done, int64_t tasks) {
+    for (int spin = 0; done.value.load(std::memory_order_acquire) != tasks; ++spin) {
         if (spin < SPINS) relax();
         else sched_yield();
     }
@@ -131,7 +129,7 @@ void unlock_region() { region_mutex->unlock(); }
 
 void run_parallel(int threads, int64_t phases, Body body, void* context) {
     if (threads <= 1) {
-        Team team{1, nullptr, nullptr};
+        Team team{1, nullptr, nullptr, nullptr};
         Member alone{team, 0, 0};
         body(context, alone);
         return;

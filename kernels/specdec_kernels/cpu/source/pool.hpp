@@ -1,6 +1,10 @@
-// A thread pool for one parallel region at a time. A region is a sequence of phases, a phase a number of tasks that
-// are handed out one by one; it is over when its tasks are done, not when every thread has come by. So a thread that
-// the system does not let run holds up nobody, unless it holds a task.
+// A thread pool for one parallel region at a time. A region is a sequence of phases, a phase a number of tasks; it is
+// over when its tasks are done, not when every thread has come by. So a thread that the system does not let run holds up
+// nobody, unless it holds a task.
+//
+// Every thread first takes the tasks of a range of its own, in order, and then what is left of the others'. Neighbouring
+// tasks read neighbouring weights, and a processor fetches ahead only of a core that reads on: two cores that take every
+// other piece of 18 KB read half as fast as two that read a half each (24 and 55 GB/s on a Zen 4).
 //
 // Own threads instead of OpenMP: torch brings its own OpenMP runtime, and a second one beside it would keep twice as
 // many threads spinning as there are cores.
@@ -11,14 +15,14 @@
 
 namespace specdec {
 
-struct alignas(64) Phase {
-    std::atomic<int64_t> next;
-    std::atomic<int64_t> done;
+struct alignas(64) Counter {
+    std::atomic<int64_t> value;
 };
 
 struct Team {
     int threads;
-    Phase* phases;
+    Counter* done;   // [phases] tasks that are done
+    Counter* taken;  // [phases, threads] tasks taken from each thread's range
     std::atomic<int64_t>* reached;  // all phases before this one are over
 };
 
@@ -29,7 +33,7 @@ struct Member {
     int64_t phase;
 };
 
-void wait_for(const Phase& phase, int64_t tasks);
+void wait_for(const Counter& done, int64_t tasks);
 
 // Runs `function(task)` for all tasks of the next phase, shared among the team; returns when all of them are done.
 template <class Function>
@@ -40,16 +44,22 @@ inline void each(Member& me, int64_t tasks, Function function) {
     }
     const int64_t index = me.phase++;
     if (index < me.team.reached->load(std::memory_order_acquire)) return;
-    Phase& phase = me.team.phases[index];
+    const int threads = me.team.threads;
     int64_t finished = 0;
-    for (;;) {
-        const int64_t task = phase.next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= tasks) break;
-        function(task);
-        ++finished;
+    for (int turn = 0; turn < threads; ++turn) {
+        const int owner = (me.thread + turn) % threads;
+        std::atomic<int64_t>& taken = me.team.taken[index * threads + owner].value;
+        const int64_t end = tasks * (owner + 1) / threads;
+        for (;;) {
+            const int64_t task = tasks * owner / threads + taken.fetch_add(1, std::memory_order_relaxed);
+            if (task >= end) break;
+            function(task);
+            ++finished;
+        }
     }
-    if (finished != 0) phase.done.fetch_add(finished, std::memory_order_acq_rel);
-    if (phase.done.load(std::memory_order_acquire) != tasks) wait_for(phase, tasks);
+    Counter& done = me.team.done[index];
+    if (finished != 0) done.value.fetch_add(finished, std::memory_order_acq_rel);
+    if (done.value.load(std::memory_order_acquire) != tasks) wait_for(done, tasks);
     // Racing threads may set it back by a phase or two, which costs a late one a few looks at phases that are over.
     me.team.reached->store(index + 1, std::memory_order_release);
 }
