@@ -99,8 +99,8 @@ def per_position_acceptance(summaries: Sequence[CellSummary]) -> Figure | None:
     deepest = {name: cells[-1] for name, cells in _series(summaries).items() if cells[-1].counts["per_position"]}
     if not deepest:
         return None
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    figure.suptitle("Acceptance by position in the draft")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure.suptitle("Acceptance by position in the draft", fontsize="large")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name, title in (
         (left, "per_position", "accepted among drafts that reach it"),
@@ -110,13 +110,13 @@ def per_position_acceptance(summaries: Sequence[CellSummary]) -> Figure | None:
             shares = [float("nan") if share is None else share for share in summary.counts[name]]
             places = [place + _aside(index, len(deepest)) for place in range(1, len(shares) + 1)]
             axes.plot(places, shares, label=summary.cell.label, **_look(index))
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=9)
         axes.set_xlabel("position")
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     left.set_ylabel("accepted")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(deepest)))
+    _legend(figure, left)
     return figure
 
 
@@ -242,8 +242,8 @@ def _fixed(summary: CellSummary) -> bool:
 
 
 def _aside(index: int, count: int) -> float:
-    """A little to the left or right, so that lines on top of each other can be seen."""
-    return (index - (count - 1) / 2) * min(0.06, 0.3 / count)
+    """A little to the left or right, so that equal values are seen side by side; never half way to the next depth."""
+    return (index - (count - 1) / 2) * min(0.14, 0.6 / count)
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -259,5 +259,8 @@ def _look(index: int) -> dict[str, Any]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels)) > 40 else min(3, len(labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+    # Characters of this size that fit into a line; a handle takes eight, and columns are as wide as their widest label.
+    room = 13.2 * figure.get_figwidth()
+    one_line = sum(map(len, labels)) + 8 * len(labels) <= room
+    columns = len(labels) if one_line else max(1, int(room // (max(map(len, labels)) + 8)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, handlelength=3)
