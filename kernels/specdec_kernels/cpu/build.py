@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specdec_kernels.compiling import BuildError, build_once, compiler_version, run, run_all
 
-__all__ = ["SOURCE", "BuildError", "library_path"]
+__all__ = ["SOURCE", "BuildError", "compile_flags", "library_path"]
 
 SOURCE = Path(__file__).parent / "source"
 
@@ -28,6 +28,11 @@ _COMMON = (
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512, "avx512vnni.cpp": (*_AVX512, "-mavx512vnni")}
+
+
+def compile_flags() -> tuple[str, ...]:
+    """What every source is compiled with, whatever it targets."""
+    return _COMMON
 
 
 def library_path() -> Path:
