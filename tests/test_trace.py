@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from specdec import registry
+from specdec.graphs import graphed_parts
 from specdec.models.loading import Loaded, load
 from specdec.models.tabular import tabular
 from specdec.run import Job, decode_rounds
@@ -20,6 +21,7 @@ from specdec.trace.records import bytes_bound
 from specdec.trace.replay import replay
 from specdec.trace.what_if import what_if
 from specdec.transforms import Parts
+from specdec_kernels.graphs import eager_recorder
 
 
 def toy() -> Loaded:
@@ -37,8 +39,10 @@ def record(
     loaded: Loaded | None = None,
     new_tokens: int = 24,
     limit: int = 100,
+    captured: bool = False,
 ) -> tuple[Trace, list[tuple[int, int]]]:
-    """A trace, and committed tokens and drafted depth of each round as they were."""
+    """A trace, and committed tokens and drafted depth of each round as they were. `captured`: from parts that are
+    replayed as CUDA graphs are, by a recorder that runs them eagerly."""
     loaded = toy() if loaded is None else loaded
     sampling = Sampling(temperature)
     drafting = registry.build_drafter(
@@ -48,6 +52,8 @@ def record(
         registry.parse_controller(controller), target=loaded.model, drafts=(), costs=lambda model: {1: 1.0}
     )
     parts = Parts(loaded.model, drafting.drafter, registry.build_policy(registry.parse_policy(policy)), chosen)
+    if captured:
+        parts = graphed_parts(parts, buckets=(1, 2, 4, 8), recorder=eager_recorder)
     job = Job(parts, [[1, 2, 3, 1, 2]], sampling, TextRule(lambda ids: "x" * len(ids)), (), new_tokens, 5)
     recorder = Recorder(job, Choices(drafter, policy, controller), limit=limit)
     rows = []
@@ -55,6 +61,9 @@ def record(
         recorder.observe(progress)
         if progress.info is not None:
             rows.append((int(progress.info.num_emitted[0]), int(progress.info.proposal.drafted[0])))
+    if captured:
+        assert parts.model.about["graph"].replays > 0
+        assert parts.model.about["graph"].reason is None
     return recorder.traces()[0], rows
 
 
@@ -67,6 +76,26 @@ def test_a_trace_comes_back_from_its_file(policy: str, tmp_path: Path) -> None:
         assert getattr(again, name).tobytes() == getattr(trace, name).tobytes()
     assert replay(again) is None
     assert not list(tmp_path.rglob("*.partial"))
+
+
+SECONDS = ("draft_s", "verify_s", "accept_s", "total_s")
+
+
+@pytest.mark.parametrize(("policy", "temperature"), [("greedy", 0.0), ("lossless", 1.0), ("coupled", 0.8)])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix:nodes=4", "model:agreement=0.7"])
+def test_rounds_from_graphs_leave_the_trace_of_eager_ones(policy: str, temperature: float, drafter: str) -> None:
+    eager, rows = record(drafter, policy, temperature=temperature)
+    captured, again = record(drafter, policy, temperature=temperature, captured=True)
+    assert rows == again
+    assert captured.emitted.tolist() == eager.emitted.tolist()
+    assert captured.nodes.tobytes() == eager.nodes.tobytes()
+    told = [name for name in eager.rounds.dtype.names or () if name not in SECONDS]
+    assert captured.rounds[told].tolist() == eager.rounds[told].tolist()
+    assert replay(captured) is None
+    if policy != "lossless":
+        one, other = (what_if(trace, controller="fixed:k=2") for trace in (eager, captured))
+        assert one.kind == other.kind == "exact"
+        assert (one.emitted, one.depths, one.accepted) == (other.emitted, other.depths, other.accepted)
 
 
 def changed(trace: Trace, table: str, field: str | None, change: Callable[[Any], Any], at: int = 5) -> Trace:

@@ -11,6 +11,7 @@ from specdec.sweep.stats import CellSummary, summarize_cell
 def summaries(names: list[str]) -> list[CellSummary]:
     """Two depths of each drafter, all with the same figures."""
     given = dict.fromkeys(Sample._fields) | {"success": True, "category": "c", "alpha_positions": 0}
+    given |= {"iteration": 0, "prompt_id": "p", "turn": 0}
     given |= dict.fromkeys(("emitted", "drafted", "accepted", "target_forwards", "draft_forwards"), 4)
     given |= {"hist": ((1, 0, 0), (1, 0, 0), (1, 0, 1)), "tokens_per_sec": 9.0, "shared_machine": False}
     sample = Sample(**given)  # type: ignore[arg-type]
