@@ -127,6 +127,14 @@ def philox(b: int, n: int, v: int) -> Case:
     return Case("philox", "words", {"b": b, "n": n, "v": v}, torch.int64, (b,), 8 * words, 8 * words, make)
 
 
+def uniforms(b: int, n: int) -> Case:
+    def make(generator: torch.Generator) -> Call:
+        return Call((torch.arange(b, device=generator.device), torch.arange(b, device=generator.device), 2, n, 3))
+
+    size = 8 * b * (n + 1)
+    return Case("uniforms", "a round", {"b": b, "n": n}, torch.int64, (b,), size, size, make)
+
+
 def gumbel(b: int, n: int, v: int) -> Case:
     def make(generator: torch.Generator) -> Call:
         device = generator.device
@@ -272,6 +280,7 @@ def cases() -> dict[str, list[Case]]:
         for label, options in WARPS.items()
     ]
     found["philox"] = [philox(b, n, v) for v in VOCABULARIES for b, n in grid[:4]]
+    found["uniforms"] = [uniforms(b, n) for b, n in grid]
     found["gumbel"] = [gumbel(b, n, v) for v in VOCABULARIES for b, n in grid[:4]]
     found["kv_keep"] = [
         keep(b, n, c) for c in (512, 4096, 32768) for b, n in [(1, 8), (8, 8), (64, 8), (1, 64), (8, 64)]

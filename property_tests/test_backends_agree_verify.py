@@ -256,6 +256,24 @@ def test_philox_words_are_equal(name, seed, counters):
             assert torch.equal(words, wanted)
 
 
+@pytest.mark.parametrize("name", runnable("uniforms"))
+@fewer
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    round=st.integers(0, 2**40),
+    purpose=st.integers(1, 9),
+    n=st.sampled_from([1, 2, 9, 1500]),
+    last=st.sampled_from([None, 3]),
+    rows=st.sampled_from([(3, 3), (1, 3), (3, 1)]),
+)
+def test_uniforms_have_equal_bits(name, seed, round, purpose, n, last, rows):
+    seeds = torch.tensor([seed, seed ^ 1, 0][: rows[0]], device=DEVICE)
+    rounds = torch.tensor([round, 1, 0][: rows[1]], device=DEVICE)
+    with poisoned():
+        made = function("uniforms", name, torch.int64)(seeds, rounds, purpose, n, last)
+    assert torch.equal(made, philox.uniforms(seeds, rounds, purpose, n, last))
+
+
 @pytest.mark.parametrize("name", runnable("gumbel"))
 @fewer
 @given(seed=st.integers(-(2**63), 2**63 - 1), vocab_size=VOCABULARIES, position=st.integers(0, 2**31))

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from specdec.records import record
 from specdec_kernels.dispatch import resolve
-from specdec_kernels.ops.philox import COUPLED
+from specdec_kernels.ops.philox import ACCEPT, COUPLED, TOKEN
 
 
 class Purpose(IntEnum):
     """What a draw is for: the fourth counter word."""
 
     DRAFT = 1
-    ACCEPT = 2
-    TOKEN = 3
+    ACCEPT = ACCEPT
+    TOKEN = TOKEN
     COUPLED = COUPLED
 
 
@@ -34,18 +34,16 @@ class Key:
 
     def uniforms(self, round: Int[Tensor, " b"], purpose: Purpose, n: int) -> Float[Tensor, "b n"]:
         """One uniform in [0, 1) per node, with 53 random bits (24 where the device has no float64)."""
-        node = torch.arange(n, device=self.seed.device)[None, :]
-        words = philox((torch.zeros_like(node), node, round[:, None], torch.full_like(node, purpose)), self.seed)
-        return _unit(words)
+        return self._made(round, purpose, n)
 
     def verification(self, round: Int[Tensor, " b"], n: int) -> tuple[Float[Tensor, "b n"], Float[Tensor, " b"]]:
         """The uniforms of `Purpose.ACCEPT` for `n` nodes and of `Purpose.TOKEN`, in one launch."""
-        node = torch.arange(n + 1, device=self.seed.device)[None, :]
-        last = node == n
-        purpose = torch.where(last, int(Purpose.TOKEN), int(Purpose.ACCEPT))
-        words = philox((torch.zeros_like(node), torch.where(last, 0, node), round[:, None], purpose), self.seed)
-        unit = _unit(words)
-        return unit[:, :n], unit[:, n]
+        made = self._made(round, Purpose.ACCEPT, n, Purpose.TOKEN)
+        return made[:, :n], made[:, n]
+
+    def _made(self, round: Tensor, *what: int) -> Tensor:
+        made: Tensor = resolve("uniforms", self.seed.device, torch.int64)(self.seed, round, *what)
+        return made
 
     def gumbels(self, position: Int[Tensor, "b n"], vocab_size: int) -> Float[Tensor, "b n v"]:
         """Standard Gumbel noise for each token at absolute positions: the same for every drafter, k and batch."""
@@ -64,9 +62,3 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Int[Tensor, " b
     """Philox4x32-10 over broadcast int64 counters with rows first; returns four tensors of 32-bit words."""
     words: tuple[Tensor, ...] = resolve("philox", seed.device, torch.int64)(counter, seed)
     return words
-
-
-def _unit(words: tuple[Tensor, ...]) -> Tensor:
-    if words[0].device.type == "mps":
-        return (words[0] >> 8).to(torch.float32) * 2.0**-24
-    return ((words[0] >> 5) * 2**26 + (words[1] >> 6)).to(torch.float64) * 2.0**-53

@@ -177,6 +177,10 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("triton", anywhere, lazy("ops.philox_triton", "philox")),
         Implementation("torch", anywhere, lazy("ops.philox", "philox")),
     ),
+    "uniforms": (
+        Implementation("triton", anywhere, lazy("ops.philox_triton", "uniforms")),
+        Implementation("torch", anywhere, lazy("ops.philox", "uniforms")),
+    ),
     "verify_block": (
         Implementation("triton", anywhere, lazy("ops.rejection_triton", "verify_block")),
         Implementation("torch", anywhere, lazy("ops.verify", "verify_block")),

@@ -4,6 +4,8 @@ A draw is a pure function of a row's seed and of four counter words, so it is th
 and on whatever device. The words are 32-bit numbers in int64 tensors: not every device has unsigned ones.
 """
 
+from functools import cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
-# The fourth counter word of Gumbel noise; `specdec.rng.Purpose` lists all of them.
-COUPLED = 4
+# The fourth counter word of what a verification draws; `specdec.rng.Purpose` lists all of them.
+ACCEPT, TOKEN, COUPLED = 2, 3, 4
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Int[Tensor, " b"]) -> tuple[Tensor, ...]:
@@ -27,6 +29,31 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Int[Tensor, " b
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & MASK, high0 ^ c3 ^ k1, product0 & MASK
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
     return c0, c1, c2, c3
+
+
+def uniforms(
+    seed: Int[Tensor, " #b"], round: Int[Tensor, " #b"], purpose: int, n: int, last: int | None = None
+) -> Float[Tensor, "b m"]:
+    """One uniform in [0, 1) per node of a round, with 53 random bits (24 on MPS); one seed may serve all rows.
+
+    Node i takes the first two words of the counter (0, i, round, purpose). `last`: with it there is one more column,
+    node 0 of that purpose.
+    """
+    zero, node, purposes = _streams(purpose, n, last, seed.device)
+    first, second, _, _ = philox((zero, node, round[:, None], purposes), seed)
+    if seed.device.type == "mps":
+        return (first >> 8).to(torch.float32) * 2.0**-24
+    return ((first >> 5) * 2**26 + (second >> 6)).to(torch.float64) * 2.0**-53
+
+
+@cache
+def _streams(purpose: int, n: int, last: int | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros, nodes and purposes of the columns of `uniforms`, as rows to be broadcast over the batch. Read them only.
+    They are made once, as `arrays.iota` is, for the same reasons."""
+    with torch.inference_mode(False):
+        columns = [(i, purpose) for i in range(n)] + ([] if last is None else [(0, last)])
+        table = torch.tensor(columns, dtype=torch.int64, device=device).view(-1, 2)
+        return torch.zeros_like(table[None, :, 0]), table[None, :, 0], table[None, :, 1]
 
 
 def gumbel(seed: Int[Tensor, " b"], position: Int[Tensor, "b n"], vocab_size: int) -> Float[Tensor, "b n v"]:

@@ -1,7 +1,7 @@
-"""Philox4x32-10 and Gumbel noise in Triton: the same words as `philox.py`, bit for bit.
+"""Philox4x32-10, uniforms and Gumbel noise in Triton: the same words and uniforms as `philox.py`, bit for bit.
 
-`words` and `noise` are for other kernels to call. Noise takes float64 logarithms as the definition does; the device's
-differ from the host's in the last place, so two noises agree within 4 x 2^-52 of their size plus 2^-50.
+`words`, `uniform` and `noise` are for other kernels to call. Noise takes float64 logarithms as the definition does;
+the device's differ from the host's in the last place, so two noises agree within 4 x 2^-52 of their size plus 2^-50.
 """
 
 from typing import no_type_check
@@ -33,6 +33,16 @@ def words(c0, c1, c2, c3, seed):
         k0 = ((k0.to(tl.uint64) + 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32)
         k1 = ((k1.to(tl.uint64) + 0xBB67AE85) & 0xFFFFFFFF).to(tl.uint32)
     return c0, c1, c2, c3
+
+
+@triton.jit
+@no_type_check
+def uniform(node, round, purpose, seed):
+    """The uniforms (float64) of nodes (int32) in a round, for one purpose."""
+    zero = node * 0
+    first, second, _, _ = words(zero, node, zero + round, zero + purpose, seed)
+    # Below 2^53, so nothing is rounded.
+    return ((first >> 5).to(tl.int64) * 67108864 + (second >> 6).to(tl.int64)).to(tl.float64) * (1.0 / 9007199254740992)
 
 
 @triton.jit
@@ -70,6 +80,21 @@ def _philox(
     tl.store(out + 3 * count + index, w3.to(tl.int64), mask=mask)
 
 
+@triton.jit(do_not_specialize=["n", "columns", "purpose", "last"])
+@no_type_check
+def _uniforms(out, seed, round, n, columns, purpose, last, seed_stride, round_stride, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    behind = column >= n
+    made = uniform(
+        tl.where(behind, 0, column),
+        tl.load(round + row * round_stride),
+        tl.where(behind, last, purpose),
+        tl.load(seed + row * seed_stride),
+    )
+    tl.store(out + row * columns + column, made, mask=column < columns)
+
+
 @triton.jit(do_not_specialize=["n"])
 @no_type_check
 def _gumbel(out, seed, position, n, v, seed_stride, pos_b, pos_n, block: tl.constexpr):
@@ -97,6 +122,19 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
             out, *spread, seed, count, full[1], full[2], *strides, seed.expand(shape[0]).stride(0), block=_BLOCK
         )
     return tuple(out)
+
+
+def uniforms(seed: Tensor, round: Tensor, purpose: int, n: int, last: int | None = None) -> Tensor:
+    """See `specdec_kernels.ops.philox.uniforms`."""
+    seed, round = torch.broadcast_tensors(seed, round)  # type: ignore[no-untyped-call]
+    rows, columns = seed.shape[0], n + (last is not None)
+    out = torch.empty((rows, columns), dtype=torch.float64, device=seed.device)
+    if out.numel():
+        block = min(_BLOCK, triton.next_power_of_2(columns))
+        _uniforms[(rows, triton.cdiv(columns, block))](
+            out, seed, round, n, columns, purpose, last or 0, seed.stride(0), round.stride(0), block=block
+        )
+    return out
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
