@@ -201,6 +201,30 @@ def test_block_agrees(name, case, warp):
     assert_agrees(made, verify.verify_block, {**case, **warp})
 
 
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op in ("verify_lossless", "verify_block") for name in ("torch", *runnable(op))],
+)
+@fewer
+@given(case=rounds(chain=True), seed=st.integers(-(2**63), 2**63 - 1), round=st.integers(0, 2**31))
+def test_uniforms_made_from_seed_and_round_are_those_of_the_generator(op, name, case, seed, round):
+    case, _ = case
+    if op == "verify_block":
+        del case["parents"]
+    rows, n = case["tokens"].shape
+    seeds = torch.tensor([seed, seed ^ 1, 0][:rows], device=DEVICE)
+    rounds = torch.tensor([round, 7, 0][:rows], device=DEVICE)
+    made = philox.uniforms(seeds, rounds, philox.ACCEPT, n, philox.TOKEN)
+    told = {**case, "accept": made[:, :n], "token": made[:, n]}
+    untold = {**case, "accept": None, "token": None, "seed": seeds, "round": rounds}
+    run = resolve(op, DEVICE, case["logits"].dtype, (), name)
+    with poisoned():
+        for given, found in zip(run(**told, temperature=0.8), run(**untold, temperature=0.8), strict=True):
+            assert torch.equal(given, found)
+    with pytest.raises(ValueError, match=f"{op} needs accept and token, or seed and round"):
+        run(**{**untold, "round": None}, temperature=0.8)
+
+
 @pytest.mark.parametrize("name", runnable("verify_coupled"))
 @few
 @given(case=rounds(), warp=WARPS, given_noise=st.booleans(), seed=st.integers(-(2**63), 2**63 - 1))

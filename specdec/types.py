@@ -81,15 +81,17 @@ class Target:
 class Draws:
     """Randomness as data: policies receive it and never draw.
 
-    `accept`: one uniform in [0, 1) per node, `token`: one per row, `noise`: Gumbel noise per node and token, or `seed`
-    and the `position` of each node, from which the rule makes that noise where it needs it (`Key.gumbels`).
+    `accept`: one uniform in [0, 1) per node, `token`: one per row, `noise`: Gumbel noise per node and token. In their
+    place may stand the row's `seed` with its `round`, or with the `position` of each node, from which the rule makes
+    the same numbers where it needs them (`Key.verification`, `Key.gumbels`).
     """
 
-    accept: Float[Tensor, "b n"]
-    token: Float[Tensor, " b"]
+    accept: Float[Tensor, "b n"] | None = None
+    token: Float[Tensor, " b"] | None = None
     noise: Float[Tensor, "b n v"] | None = None
     seed: Int[Tensor, " b"] | None = None
     position: Int[Tensor, "b n"] | None = None
+    round: Int[Tensor, " b"] | None = None
 
 
 @record

@@ -1,6 +1,6 @@
 """Block verification: the chain is accepted as a whole, never worse than token by token."""
 
-from specdec.policies.walks import check_kernels, coin_draws
+from specdec.policies.walks import check_kernels, coins, seed_draws
 from specdec.sampling import Sampling
 from specdec.types import Draws, Policy, Proposal, Target, Verdict
 from specdec_kernels.dispatch import resolve
@@ -26,10 +26,9 @@ def block(*, kernels: str = "auto") -> Policy:
                 proposal.valid,
                 proposal.sampled,
                 proposal.draft_probs,
-                draws.accept,
-                draws.token,
+                **coins(draws),
                 **sampling.transforms,
             )
         )
 
-    return Policy("block", coin_draws, verify, exact=True, chain_only=True)
+    return Policy("block", seed_draws, verify, exact=True, chain_only=True)

@@ -1,6 +1,6 @@
 """Token-level rejection sampling over trees."""
 
-from specdec.policies.walks import check_kernels, coin_draws
+from specdec.policies.walks import check_kernels, coins, seed_draws
 from specdec.sampling import Sampling
 from specdec.types import Draws, Policy, Proposal, Target, Verdict
 from specdec_kernels.dispatch import resolve
@@ -28,11 +28,10 @@ def lossless(*, kernels: str = "auto") -> Policy:
                 proposal.valid,
                 proposal.sampled,
                 proposal.draft_probs,
-                draws.accept,
-                draws.token,
+                **coins(draws),
                 replacement=proposal.replacement,
                 **sampling.transforms,
             )
         )
 
-    return Policy("lossless", coin_draws, verify, exact=True)
+    return Policy("lossless", seed_draws, verify, exact=True)

@@ -1,9 +1,8 @@
 """Policies that let the target choose a token at every node and keep the drafts that agree."""
 
-import torch
 from torch import Tensor
 
-from specdec.policies.walks import check_kernels, coin_draws, no_draws
+from specdec.policies.walks import check_kernels, no_draws, seed_draws
 from specdec.rng import Key
 from specdec.sampling import Sampling
 from specdec.types import Draws, Policy, Proposal, Target, Verdict
@@ -37,9 +36,10 @@ def match(*, kernels: str = "auto") -> Policy:
     def verify(proposal: Proposal, target: Target, draws: Draws, sampling: Sampling) -> Verdict:
         run = resolve("verify_match", target.logits.device, target.logits.dtype, (), kernels)
         tree = (proposal.tokens, proposal.parents, proposal.valid)
-        return Verdict(*run(target.logits, *tree, draws.accept, chain=proposal.chain, **sampling.transforms))
+        uniforms = {"accept": draws.accept, "seed": draws.seed, "round": draws.round}
+        return Verdict(*run(target.logits, *tree, **uniforms, chain=proposal.chain, **sampling.transforms))
 
-    return Policy("match", coin_draws, verify, exact=True)
+    return Policy("match", seed_draws, verify, exact=True)
 
 
 def coupled(*, kernels: str = "auto") -> Policy:
@@ -52,12 +52,11 @@ def coupled(*, kernels: str = "auto") -> Policy:
     check_kernels("verify_coupled", kernels)
 
     def draw(key: Key, round: Tensor, depth: Tensor, length: Tensor, vocab_size: int) -> Draws:
-        zeros = torch.zeros(depth.shape, device=depth.device)
         # Node i chooses the token that stands `depth + 1` places behind the last committed one.
         position = length[:, None] + depth
         if type(key) is Key:
-            return Draws(zeros, zeros[:, 0], seed=key.seed, position=position)
-        return Draws(zeros, zeros[:, 0], key.gumbels(position, vocab_size))
+            return Draws(seed=key.seed, position=position)
+        return Draws(noise=key.gumbels(position, vocab_size))
 
     def verify(proposal: Proposal, target: Target, draws: Draws, sampling: Sampling) -> Verdict:
         run = resolve("verify_coupled", target.logits.device, target.logits.dtype, (), kernels)

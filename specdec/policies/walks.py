@@ -1,6 +1,5 @@
 """What the policies share: their draws, and what their operations take from the records."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,14 +20,24 @@ def choice_walk(proposal: Proposal, choice: Int[Tensor, "b n"]) -> Verdict:
 
 def no_draws(key: Key, round: Tensor, depth: Tensor, length: Tensor, vocab_size: int) -> Draws:
     """For rules without randomness."""
-    zeros = torch.zeros(depth.shape, device=depth.device)
-    return Draws(zeros, zeros[:, 0])
+    return Draws()
 
 
 def coin_draws(key: Key, round: Tensor, depth: Tensor, length: Tensor, vocab_size: int) -> Draws:
     """One uniform per node and one per row, of this round."""
-    accept, token = key.verification(round, depth.shape[1])
-    return Draws(accept, token)
+    return Draws(*key.verification(round, depth.shape[1]))
+
+
+def seed_draws(key: Key, round: Tensor, depth: Tensor, length: Tensor, vocab_size: int) -> Draws:
+    """`coin_draws`, left to the operation to make; a key with uniforms of its own gives them."""
+    if type(key) is Key:
+        return Draws(seed=key.seed, round=round)
+    return coin_draws(key, round, depth, length, vocab_size)
+
+
+def coins(draws: Draws) -> dict[str, Tensor | None]:
+    """What the operations take of `coin_draws` and `seed_draws`."""
+    return {"accept": draws.accept, "token": draws.token, "seed": draws.seed, "round": draws.round}
 
 
 def child_law(

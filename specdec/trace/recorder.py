@@ -13,7 +13,7 @@ from specdec.sampling import Sampling, residual, warp
 from specdec.trace.records import DEFAULT_LIMIT, NODE, ROUND, Header, Table, Trace
 from specdec.transforms import Parts
 from specdec.types import DecodeState, Drafter, Draws, Plan, Policy, Proposal, Target, Verdict
-from specdec_kernels.ops.verify import child_law
+from specdec_kernels.ops.verify import child_law, coins
 
 
 class Choices(NamedTuple):
@@ -27,6 +27,7 @@ class Choices(NamedTuple):
 class _Seen(NamedTuple):
     proposal: Proposal
     target: Target
+    uniforms: tuple[Tensor, Tensor]
     draws: Draws
     verdict: Verdict
     sampling: Sampling
@@ -93,7 +94,7 @@ class Recorder:
                 entry["depth"], entry["forwards"] = int(info.plan.depth[row]), info.draft_forwards
                 entry["nodes"], entry["emitted"] = len(nodes), count
                 entry["accepted"], entry["ahead"] = int(info.verdict.num_accepted[row]), self._ahead[row]
-                entry["uniform"] = float(seen.draws.token[row])
+                entry["uniform"] = float(seen.uniforms[1][row])
                 entry["draw"], entry["low"], entry["high"], entry["total"] = draw
                 for name in ("draft", "verify", "accept", "total"):
                     entry[f"{name}_s"] = timing.get(name, 0.0)
@@ -140,7 +141,7 @@ class Recorder:
     def _watch(self, policy: Policy) -> Policy:
         def verify(proposal: Proposal, target: Target, draws: Draws, sampling: Sampling) -> Verdict:
             verdict = policy.verify(proposal, target, draws, sampling)
-            self._seen = _Seen(proposal, target, draws, verdict, sampling)
+            self._seen = _Seen(proposal, target, _uniforms(draws, proposal), draws, verdict, sampling)
             return verdict
 
         return policy._replace(verify=verify)
@@ -198,7 +199,7 @@ def _reduce(seen: _Seen, laws: Tensor, row: int, policy: str) -> tuple[Table, tu
     nodes["index"], nodes["parent"] = kept, parents
     nodes["token"] = proposal.tokens[row, kept].tolist()
     nodes["sampled"] = proposal.sampled[row, kept].tolist()
-    nodes["accept"] = seen.draws.accept[row, kept].double().tolist()
+    nodes["accept"] = seen.uniforms[0][row, kept].double().tolist()
     nodes["p"], nodes["q"], nodes["block"] = 1.0, 1.0, np.nan
     nodes["choice"] = nodes["rival"] = -1
     if policy in ("lossless", "block"):
@@ -206,7 +207,7 @@ def _reduce(seen: _Seen, laws: Tensor, row: int, policy: str) -> tuple[Table, tu
         behind = _siblings(seen, laws[row], kept, nodes, row)
         path = seen.verdict.path[row, : int(seen.verdict.num_accepted[row])].tolist()
         last = place[path[-1]] if path else 0
-        return nodes, _interval(behind[last] if correction is None else correction[last], seen.draws.token[row])
+        return nodes, _interval(behind[last] if correction is None else correction[last], seen.uniforms[1][row])
     _choose(seen, laws[row], kept, nodes, row, policy)
     return nodes, (-1, 0.0, 0.0, 0.0)
 
@@ -265,7 +266,7 @@ def _choose(seen: _Seen, laws: Tensor, kept: list[int], nodes: Table, row: int, 
     if policy == "match":
         for at, index in enumerate(kept):
             nodes["choice"][at], nodes["low"][at], nodes["high"][at], nodes["total"][at] = _interval(
-                laws[index : index + 1], seen.draws.accept[row, index]
+                laws[index : index + 1], seen.uniforms[0][row, index]
             )
     else:
         scores, told = seen.target.logits[row, kept], seen.target.logits[row, kept]
@@ -282,6 +283,15 @@ def _choose(seen: _Seen, laws: Tensor, kept: list[int], nodes: Table, row: int, 
         nodes["p"][at] = float(laws[kept[parent], token])
         if seen.proposal.draft_probs is not None and bool(seen.proposal.sampled[row, kept[at]]):
             nodes["q"][at] = float(seen.proposal.draft_probs[row, kept[parent], token])
+
+
+def _uniforms(draws: Draws, proposal: Proposal) -> tuple[Tensor, Tensor]:
+    """The uniforms that a rule was given or made, of nodes and of rows; zeros for a rule that draws none."""
+    accept, token = draws.accept, draws.token
+    if accept is None and draws.round is None:
+        accept = torch.zeros(proposal.tokens.shape, device=proposal.tokens.device)
+        token = accept[:, 0]
+    return coins("the trace", accept, token, draws.seed, draws.round, proposal.tokens.shape[1])
 
 
 def _noise(draws: Draws, row: int, kept: list[int], vocab_size: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec_kernels.ops import law_triton as law
 from specdec_kernels.ops import philox_triton
+from specdec_kernels.ops.verify import NO_NOISE
 from specdec_kernels.ops.walk import Verification
 
 BEYOND = tl.constexpr(0x7FFFFFFF)
@@ -158,7 +159,7 @@ def verify_coupled(
 ) -> Verification:
     """See `specdec_kernels.ops.verify.verify_coupled`."""
     if noise is None and (seed is None or position is None):
-        raise ValueError("verify_coupled needs the noise, or seed and position to make it from; got neither")
+        raise ValueError(f"verify_coupled {NO_NOISE}")
     if temperature == 0:
         # All mass is on one token, which no finite noise moves.
         return verify_greedy(logits, tokens, parents, valid, chain=chain)

@@ -51,9 +51,10 @@ def _streams(purpose: int, n: int, last: int | None, device: torch.device) -> tu
     """Zeros, nodes and purposes of the columns of `uniforms`, as rows to be broadcast over the batch. Read them only.
     They are made once, as `arrays.iota` is, for the same reasons."""
     with torch.inference_mode(False):
-        columns = [(i, purpose) for i in range(n)] + ([] if last is None else [(0, last)])
-        table = torch.tensor(columns, dtype=torch.int64, device=device).view(-1, 2)
-        return torch.zeros_like(table[None, :, 0]), table[None, :, 0], table[None, :, 1]
+        column = torch.arange(n + (last is not None), device=device)[None]
+        behind = column >= n
+        purposes = torch.where(behind, last or 0, torch.full_like(column, purpose))
+        return torch.zeros_like(column), torch.where(behind, 0, column), purposes
 
 
 def gumbel(seed: Int[Tensor, " b"], position: Int[Tensor, "b n"], vocab_size: int) -> Float[Tensor, "b n v"]:

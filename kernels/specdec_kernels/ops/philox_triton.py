@@ -4,16 +4,18 @@
 the device's differ from the host's in the last place, so two noises agree within 4 x 2^-52 of their size plus 2^-50.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.ops.philox import COUPLED
+from specdec_kernels.ops.philox import ACCEPT, COUPLED, TOKEN
+from specdec_kernels.ops.verify import NO_COINS
 
 _COUPLED = tl.constexpr(COUPLED)
+ACCEPTING, DRAWING = tl.constexpr(ACCEPT), tl.constexpr(TOKEN)
 _BLOCK = 1024
 
 
@@ -43,6 +45,19 @@ def uniform(node, round, purpose, seed):
     first, second, _, _ = words(zero, node, zero + round, zero + purpose, seed)
     # Below 2^53, so nothing is rounded.
     return ((first >> 5).to(tl.int64) * 67108864 + (second >> 6).to(tl.int64)).to(tl.float64) * (1.0 / 9007199254740992)
+
+
+@triton.jit
+@no_type_check
+def coins(
+    node, mask, row, given, given_b, given_n, seed, seed_b, round, round_b, purpose: tl.constexpr, made: tl.constexpr
+):  # fmt: skip
+    """The uniforms (float64) of nodes (int32) of a row: `made` from its seed and round, or those given."""
+    if made:
+        coin = uniform(node, tl.load(round + row * round_b), purpose, tl.load(seed + row * seed_b))
+    else:
+        coin = tl.load(given + row * given_b + node * given_n, mask=mask, other=1.0).to(tl.float64)
+    return coin
 
 
 @triton.jit
@@ -135,6 +150,27 @@ def uniforms(seed: Tensor, round: Tensor, purpose: int, n: int, last: int | None
             out, seed, round, n, columns, purpose, last or 0, seed.stride(0), round.stride(0), block=block
         )
     return out
+
+
+class Coins(NamedTuple):
+    """What the kernels of a verification take of its uniforms: `accept` and `token` are a tensor and its strides each,
+    `source` is seed and round with theirs, and `made` says which of them is read."""
+
+    accept: tuple[Tensor | int, ...]
+    token: tuple[Tensor | int, ...]
+    source: tuple[Tensor | int, ...]
+    made: bool
+
+
+def told(
+    rule: str, accept: Tensor | None, token: Tensor | None, seed: Tensor | None, round: Tensor | None, unread: Tensor
+) -> Coins:
+    """The coins of a rule; `unread`: a tensor for pointers that nobody follows."""
+    if accept is not None and token is not None:
+        return Coins((accept, *accept.stride()), (token, *token.stride(), 0), (unread, 0, unread, 0), made=False)
+    if seed is None or round is None:
+        raise ValueError(f"{rule} {NO_COINS}")
+    return Coins((unread, 0, 0), (unread, 0, 0), (seed, *seed.stride(), round, *round.stride()), made=True)
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:

@@ -12,6 +12,7 @@ is compared with, and a draw only where `uniform * total` is that close, relativ
 token. Rows of `draft_probs` are taken to sum to one, as a proposal promises.
 """
 
+from functools import cache
 from typing import no_type_check
 
 import torch
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.ops import law_triton as law
+from specdec_kernels.ops import philox_triton
 from specdec_kernels.ops.walk import Verification
 
 
@@ -83,9 +85,9 @@ def weights(
 def _walk(
     path, count, accept_prob, node_out, stop_out, scale_out, masses_out, draft_masses_out,
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
-    accept, accept_b, accept_n, maxima, totals, threshold, cut, n, v, splits, tiny,
-    replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr,
+    accept, accept_b, accept_n, seed, seed_b, round, round_b, maxima, totals, threshold, cut, n, v, splits, tiny,
+    made: tl.constexpr, replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr,
+    filtered: tl.constexpr, kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, nodes)
@@ -97,7 +99,9 @@ def _walk(
     alive = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & exists
     parent = tl.where(alive, parent, -1)
     drawn = tl.zeros([nodes], tl.int32)
-    coin = tl.load(accept + row * accept_b + index * accept_n, mask=exists, other=1.0).to(tl.float64)
+    coin = philox_triton.coins(
+        index, exists, row, accept, accept_b, accept_n, seed, seed_b, round, round_b, philox_triton.ACCEPTING, made
+    )
 
     # p and q of every draft under its parent's law.
     above = tl.where(alive, parent, 0)
@@ -266,11 +270,12 @@ def _remains(
 @triton.jit(do_not_specialize=["n", "splits", "parts", "tiles"])
 @no_type_check
 def _draw(
-    next_token, uniform, uniform_stride, before_in, after_in, node_in, stop_in, scale_in, masses_in, draft_masses_in,
+    next_token, given, given_b, given_n, seed, seed_b, round, round_b,
+    before_in, after_in, node_in, stop_in, scale_in, masses_in, draft_masses_in,
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, v, splits, parts, tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr, width: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr, width: tl.constexpr, made: tl.constexpr,
 ):  # fmt: skip
     """Invert the distribution function of each row's last law: find the part, then the token in it."""
     row = tl.program_id(0).to(tl.int64)
@@ -294,7 +299,11 @@ def _draw(
     # Where the last rejection leaves nothing it was a matter of rounding, and the law before it is used.
     fallback = (tl.sum(after_sums, 0) > 0).to(tl.int32) == 0
     sums = tl.where(fallback, before_sums, after_sums)
-    goal = tl.load(uniform + row * uniform_stride).to(tl.float64) * tl.sum(sums, 0)
+    root = tl.program_id(0) * 0
+    uniform = philox_triton.coins(
+        root, root == 0, row, given, given_b, given_n, seed, seed_b, round, round_b, philox_triton.DRAWING, made
+    )
+    goal = uniform * tl.sum(sums, 0)
     reached = tl.cumsum(sums, 0)
     part = tl.sum(((reached <= goal) & (which < parts)).to(tl.int32), 0)
     part = tl.minimum(part, tl.max(tl.where(sums > 0, which, 0), 0))
@@ -389,8 +398,9 @@ def _excesses(
 @triton.jit(do_not_specialize=["n", "parts"])
 @no_type_check
 def _decide(
-    path, count, accept_prob, node_out, stop_out, scale_out, ratios, sums, valid, accept, accept_b, accept_n,
-    n, parts, tiny, kind: tl.constexpr, nodes: tl.constexpr,
+    path, count, accept_prob, node_out, stop_out, scale_out, masses_out, draft_masses_out, ratios, sums, valid,
+    accept, accept_b, accept_n, seed, seed_b, round, round_b, n, parts, tiny,
+    made: tl.constexpr, kind: tl.constexpr, nodes: tl.constexpr,
 ):  # fmt: skip
     """Every position's coin; the last success ends the block."""
     row = tl.program_id(0).to(tl.int64)
@@ -399,7 +409,9 @@ def _decide(
     own = row * n + index
     alive = exists & (tl.load(valid + own, mask=exists, other=0) != 0)
     ratio = tl.load(ratios + own, mask=exists, other=1.0)
-    coin = tl.load(accept + row * accept_b + index * accept_n, mask=exists, other=1.0).to(tl.float64)
+    coin = philox_triton.coins(
+        index, exists, row, accept, accept_b, accept_n, seed, seed_b, round, round_b, philox_triton.ACCEPTING, made
+    )
     mass = tl.zeros([nodes], tl.float64)
     for part in range(0, parts):
         mass += tl.load(sums + own * parts + part, mask=exists, other=0.0)
@@ -415,6 +427,9 @@ def _decide(
     tl.store(node_out + row, last)
     tl.store(stop_out + row, tl.where(last < gamma, last + 1, 0))
     tl.store(scale_out + row, tl.where(last < gamma, pick(ratio, index, last), 1.0))
+    # One rejection at most stands at the end of a block, and nothing is divided by its mass.
+    tl.store(masses_out + own, tl.full([nodes], 1.0, tl.float64), mask=exists)
+    tl.store(draft_masses_out + own, tl.full([nodes], 1.0, tl.float64), mask=exists)
 
 
 def verify_lossless(
@@ -424,9 +439,11 @@ def verify_lossless(
     valid: Tensor,
     sampled: Tensor,
     draft_probs: Tensor | None,
-    accept: Tensor,
-    token: Tensor,
+    accept: Tensor | None = None,
+    token: Tensor | None = None,
     *,
+    seed: Tensor | None = None,
+    round: Tensor | None = None,
     replacement: bool = True,
     temperature: float,
     top_k: int = 0,
@@ -434,6 +451,7 @@ def verify_lossless(
     min_p: float = 0.0,
 ) -> Verification:
     """See `specdec_kernels.ops.verify.verify_lossless`."""
+    coins = philox_triton.told("verify_lossless", accept, token, seed, round, tokens)
     b, n, v = logits.shape
     logits = law.dense(logits)
     found = law.limits(logits, temperature, top_k, top_p, min_p)
@@ -451,11 +469,11 @@ def verify_lossless(
     }
     _walk[(b,)](
         *end.verdict(), *end.ends(), *end.chain(),
-        logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2], accept, *accept.stride(),
+        logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2], *coins.accept, *coins.source,
         *_pointers(found), n, v, found.maxima.shape[-1], torch.finfo(dtype).tiny,
-        **options, block=_block(v), num_warps=8,
+        made=coins.made, **options, block=_block(v), num_warps=8,
     )  # fmt: skip
-    return end.draw(logits, tree, draft, token, found, options)
+    return end.draw(logits, tree, draft, coins, found, options)
 
 
 def verify_block(
@@ -464,15 +482,18 @@ def verify_block(
     valid: Tensor,
     sampled: Tensor,
     draft_probs: Tensor | None,
-    accept: Tensor,
-    token: Tensor,
+    accept: Tensor | None = None,
+    token: Tensor | None = None,
     *,
+    seed: Tensor | None = None,
+    round: Tensor | None = None,
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Verification:
     """See `specdec_kernels.ops.verify.verify_block`."""
+    coins = philox_triton.told("verify_block", accept, token, seed, round, tokens)
     b, n, v = logits.shape
     device = logits.device
     logits = law.dense(logits)
@@ -480,7 +501,7 @@ def verify_block(
     kind, dtype = law.compute_kind(logits.dtype)
     end = _End(b, n, dtype, device)
     tokens, valid, sampled = tokens.contiguous(), valid.contiguous(), sampled.contiguous()
-    parents = torch.arange(-1, n - 1, device=device).repeat(b, 1)
+    parents = _chains(b, n, device)
     draft = logits if draft_probs is None else law.dense(draft_probs)
     laws = {
         "drafts": draft_probs is not None,
@@ -501,13 +522,18 @@ def verify_block(
         *_pointers(found), n, v, splits, parts, tiles, **laws, block=block, num_warps=4,
     )  # fmt: skip
     _decide[(b,)](
-        *end.verdict(), *end.ends(), ratios, sums, valid, accept, *accept.stride(), n, parts, tiny,
-        kind=kind, nodes=nodes, num_warps=1 if n <= 64 else 4,
+        *end.verdict(), *end.ends(), *end.chain(), ratios, sums, valid, *coins.accept, *coins.source, n, parts, tiny,
+        made=coins.made, kind=kind, nodes=nodes, num_warps=1 if n <= 64 else 4,
     )  # fmt: skip
-    # One rejection at most stands at the end of a block, and nothing is divided by its mass.
-    end.masses.fill_(1)
     options = {**laws, "replacement": True, "nodes": nodes}
-    return end.draw(logits, (tokens, parents, valid, sampled), draft, token, found, options)
+    return end.draw(logits, (tokens, parents, valid, sampled), draft, coins, found, options)
+
+
+@cache
+def _chains(b: int, n: int, device: torch.device) -> Tensor:
+    """Parents of chains. Made once and only read, as `arrays.iota` is."""
+    with torch.inference_mode(False):
+        return torch.arange(-1, n - 1, device=device).repeat(b, 1)
 
 
 class _End:
@@ -535,7 +561,7 @@ class _End:
         logits: Tensor,
         tree: tuple[Tensor, ...],
         draft: Tensor,
-        token: Tensor,
+        coins: philox_triton.Coins,
         found: law.Limits,
         options: dict[str, object],
     ) -> Verification:
@@ -551,8 +577,8 @@ class _End:
         _remains[(b, parts)](sums[0], sums[1], *common, **options, block=block, num_warps=4)
         width = triton.next_power_of_2(parts)
         _draw[(b,)](
-            self.integers[1], token, token.stride(0), sums[0], sums[1], *common,
-            **options, block=block, width=width, num_warps=4,
+            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common,
+            **options, block=block, width=width, made=coins.made, num_warps=4,
         )  # fmt: skip
         return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
 

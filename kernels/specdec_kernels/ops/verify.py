@@ -3,8 +3,9 @@
 Arguments that several rules share: `logits [b n v]`, row i being the target's law after node i before temperature;
 `tokens`, `parents` (-1 at the root, smaller than the node's own index elsewhere) and `valid` of the tree's nodes;
 `sampled`: nodes drawn from their parent's row of `draft_probs` (the others are point masses); `chain`: every row is a
-chain; `accept [b n]` and `token [b]`: uniforms in [0, 1); and the settings of `law.warp`. Token ids and parents may be
-int32 or int64; what is returned is int64.
+chain; `accept [b n]` and `token [b]`: uniforms in [0, 1), or `seed` and `round` of each row, from which they are made
+as `coins` makes them; and the settings of `law.warp`. Token ids and parents may be int32 or int64; what is returned is
+int64.
 
 A NaN among logits counts as the largest, as in `torch.argmax`. A row whose token was chosen from NaN logits names a
 token of the vocabulary all the same; the caller sees it by looking at the logits of the path's last node.
@@ -15,8 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdec_kernels.ops.law import residual, sample, warp
-from specdec_kernels.ops.philox import gumbel
+from specdec_kernels.ops.philox import ACCEPT, TOKEN, gumbel, uniforms
 from specdec_kernels.ops.walk import Verification, follow, pack_path
+
+NO_COINS = "needs accept and token, or seed and round to make them from; got neither"
+NO_NOISE = "needs the noise, or seed and position to make it from; got neither"
 
 
 def verify_greedy(
@@ -36,8 +40,10 @@ def verify_match(
     tokens: Int[Tensor, "b n"],
     parents: Int[Tensor, "b n"],
     valid: Bool[Tensor, "b n"],
-    accept: Float[Tensor, "b n"],
+    accept: Float[Tensor, "b n"] | None = None,
     *,
+    seed: Int[Tensor, " b"] | None = None,
+    round: Int[Tensor, " b"] | None = None,
     chain: bool = False,
     temperature: float,
     top_k: int = 0,
@@ -46,6 +52,8 @@ def verify_match(
 ) -> Verification:
     """Sample the target at every node with the node's uniform, keep a draft if it is the sampled token."""
     p = warp(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if accept is None:
+        accept, _ = coins("verify_match", None, None, seed, round, tokens.shape[1])
     choice = sample(p.flatten(0, 1), accept.flatten()).view_as(tokens)
     return follow(choice, tokens, parents, valid, chain=chain)
 
@@ -71,7 +79,7 @@ def verify_coupled(
     """
     if noise is None:
         if seed is None or position is None:
-            raise ValueError("verify_coupled needs the noise, or seed and position to make it from; got neither")
+            raise ValueError(f"verify_coupled {NO_NOISE}")
         noise = gumbel(seed, position, logits.shape[-1])
     p = warp(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return follow((p.log() + noise).argmax(-1), tokens, parents, valid, chain=chain)
@@ -84,9 +92,11 @@ def verify_lossless(
     valid: Bool[Tensor, "b n"],
     sampled: Bool[Tensor, "b n"],
     draft_probs: Float[Tensor, "b n v"] | None,
-    accept: Float[Tensor, "b n"],
-    token: Float[Tensor, " b"],
+    accept: Float[Tensor, "b n"] | None = None,
+    token: Float[Tensor, " b"] | None = None,
     *,
+    seed: Int[Tensor, " b"] | None = None,
+    round: Int[Tensor, " b"] | None = None,
     replacement: bool = True,
     temperature: float,
     top_k: int = 0,
@@ -98,6 +108,7 @@ def verify_lossless(
     Siblings are tried in index order; after each rejection p becomes norm((p - q)+). `replacement=False`: sampled
     siblings were drawn without replacement, and q loses the rejected token.
     """
+    accept, token = coins("verify_lossless", accept, token, seed, round, tokens.shape[1])
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     tokens = tokens.long()
     law = warp(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -138,9 +149,11 @@ def verify_block(
     valid: Bool[Tensor, "b n"],
     sampled: Bool[Tensor, "b n"],
     draft_probs: Float[Tensor, "b n v"] | None,
-    accept: Float[Tensor, "b n"],
-    token: Float[Tensor, " b"],
+    accept: Float[Tensor, "b n"] | None = None,
+    token: Float[Tensor, " b"] | None = None,
     *,
+    seed: Int[Tensor, " b"] | None = None,
+    round: Int[Tensor, " b"] | None = None,
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -148,6 +161,7 @@ def verify_block(
 ) -> Verification:
     """Block verification of chains (Sun et al., arXiv:2403.10444, Alg. 2; see `policies.block`)."""
     n = tokens.shape[1]
+    accept, token = coins("verify_block", accept, token, seed, round, n)
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     tokens = tokens.long()
     law = warp(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -184,6 +198,23 @@ def verify_block(
     index = torch.arange(1, n + 1, device=tokens.device)
     path = torch.where(index <= last[:, None], index, -1)
     return Verification(path, last, sample(correction, token), accept_prob)
+
+
+def coins(
+    rule: str,
+    accept: Float[Tensor, "b n"] | None,
+    token: Float[Tensor, " b"] | None,
+    seed: Int[Tensor, " b"] | None,
+    round: Int[Tensor, " b"] | None,
+    n: int,
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, " b"]]:
+    """The uniforms of a round's `n` nodes and of its token: those given, or those that `philox.uniforms` makes."""
+    if accept is not None and token is not None:
+        return accept, token
+    if seed is None or round is None:
+        raise ValueError(f"{rule} {NO_COINS}")
+    made = uniforms(seed, round, ACCEPT, n, TOKEN)
+    return made[:, :n], made[:, n]
 
 
 def child_law(
