@@ -9,6 +9,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def read_trace(file: Path) -> Trace:
             prompt, rounds, nodes, emitted = (stored[name] for name in ("prompt", "rounds", "nodes", "emitted"))
     except OSError as error:
         raise ValueError(f"cannot read {file} ({error.strerror or error}); name a file that --trace wrote") from error
-    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is no whole trace ({' '.join(str(error).split())}); record it again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{file} is a trace of another format; this version reads format {FORMAT}")
