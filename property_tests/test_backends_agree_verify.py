@@ -203,7 +203,7 @@ def test_block_agrees(name, case, warp):
 
 @pytest.mark.parametrize(
     ("op", "name"),
-    [(op, name) for op in ("verify_lossless", "verify_block") for name in ("torch", *runnable(op))],
+    [(op, name) for op in ("verify_lossless", "verify_block", "verify_match") for name in ("torch", *runnable(op))],
 )
 @fewer
 @given(case=rounds(chain=True), seed=st.integers(-(2**63), 2**63 - 1), round=st.integers(0, 2**31))
@@ -211,18 +211,32 @@ def test_uniforms_made_from_seed_and_round_are_those_of_the_generator(op, name, 
     case, _ = case
     if op == "verify_block":
         del case["parents"]
+    if op == "verify_match":
+        case = pick(case, "logits", "tokens", "parents", "valid", "accept")
     rows, n = case["tokens"].shape
     seeds = torch.tensor([seed, seed ^ 1, 0][:rows], device=DEVICE)
     rounds = torch.tensor([round, 7, 0][:rows], device=DEVICE)
     made = philox.uniforms(seeds, rounds, philox.ACCEPT, n, philox.TOKEN)
-    told = {**case, "accept": made[:, :n], "token": made[:, n]}
-    untold = {**case, "accept": None, "token": None, "seed": seeds, "round": rounds}
+    given = {name: value for name, value in (("accept", made[:, :n]), ("token", made[:, n])) if name in case}
+    told = {**case, **given}
+    untold = {**case, **dict.fromkeys(given), "seed": seeds, "round": rounds}
     run = resolve(op, DEVICE, case["logits"].dtype, (), name)
     with poisoned():
-        for given, found in zip(run(**told, temperature=0.8), run(**untold, temperature=0.8), strict=True):
-            assert torch.equal(given, found)
+        for wanted, found in zip(run(**told, temperature=0.8), run(**untold, temperature=0.8), strict=True):
+            assert torch.equal(wanted, found)
     with pytest.raises(ValueError, match=f"{op} needs accept and token, or seed and round"):
         run(**{**untold, "round": None}, temperature=0.8)
+
+
+@pytest.mark.parametrize("name", runnable("verify_match"))
+@few
+@given(case=rounds(), warp=WARPS)
+def test_match_agrees(name, case, warp):
+    case, chain = case
+    case = {**pick(case, "logits", "tokens", "parents", "valid", "accept"), "chain": chain, **warp}
+    with poisoned():
+        made = function("verify_match", name, case["logits"].dtype)(**case)
+    assert_agrees(made, verify.verify_match, case)
 
 
 @pytest.mark.parametrize("name", runnable("verify_coupled"))
@@ -284,7 +298,7 @@ def test_philox_words_are_equal(name, seed, counters):
 @fewer
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
-    round=st.integers(0, 2**40),
+    round=st.integers(0, 2**32 - 1),
     purpose=st.integers(1, 9),
     n=st.sampled_from([1, 2, 9, 1500]),
     last=st.sampled_from([None, 3]),

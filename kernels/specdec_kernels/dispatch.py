@@ -198,7 +198,10 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("triton", anywhere, lazy("ops.rejection_triton", "verify_lossless")),
         Implementation("torch", anywhere, lazy("ops.verify", "verify_lossless")),
     ),
-    "verify_match": (Implementation("torch", anywhere, lazy("ops.verify", "verify_match")),),
+    "verify_match": (
+        Implementation("triton", anywhere, lazy("ops.choice_triton", "verify_match")),
+        Implementation("torch", anywhere, lazy("ops.verify", "verify_match")),
+    ),
     "warp": (
         Implementation(
             "triton",

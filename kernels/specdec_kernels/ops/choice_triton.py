@@ -55,31 +55,82 @@ def _largest(
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, node = line // n, line % n
     here = logits + row * stride_b + node * stride_n
-    begin = part * tiles * block
     lanes = tl.arange(0, block)
     best = tl.full([block], float("-inf"), wide)
     where = tl.full([block], BEYOND, tl.int32)
+    # With noise made here: of the tokens so far.
+    top = tl.full([], float("-inf"), wide)
+    index = tl.program_id(0) * 0 + BEYOND
     for tile in range(tiles):
-        token = begin + tile * block + lanes
+        begin = (part * tiles + tile) * block
+        token = begin + lanes
         mask = token < v
-        value = law.scaled(tl.load(here + token, mask=mask, other=float("-inf")).to(kind), temperature)
+        value = tl.load(here + token, mask=mask, other=float("-inf")).to(kind)
+        value = law.scaled(value, temperature, filtered)
         if filtered:
             kept = law.keeps(value, token, tl.load(threshold + line), tl.load(cut + line))
             value = tl.where(kept | (value != value), value, float("-inf"))
-        value = value.to(wide)
-        if source == 1:
-            given = noise + row * noise_b + node * noise_n
-            value += tl.load(given + token.to(tl.int64) * noise_v, mask=mask, other=0.0).to(wide)
         if source == 2:
-            made = philox_triton.noise(
-                token, tl.load(position + row * position_b + node * position_n), tl.load(seed + row * seed_stride)
-            )
-            value += made.to(wide)
-        first = mask & better(value, token, best, where)
-        best, where = tl.where(first, value, best), tl.where(first, token, where)
-    top, index = first_largest(best, where)
+            place = tl.load(position + row * position_b + node * position_n)
+            word = philox_triton.token_words(begin, place, tl.load(seed + row * seed_stride), block)
+            # Noise in float64 costs more than all the rest, and few tiles hold a token that could win. The sum is
+            # rounded, within 2^-24 of its larger part.
+            most = value + (philox_triton.most_noise(word).to(kind) + tl.abs(value) * 1e-6)
+            most = tl.where(value == float("-inf"), value, tl.where(value == value, most, float("inf")))
+            if tl.max(most, 0).to(wide) >= top:
+                exact = tl.where(mask, value.to(wide) + philox_triton.noise(word), float("-inf"))
+                tile_top, tile_index = first_largest(exact, tl.where(mask, token, BEYOND))
+                first = better(tile_top, tile_index, top, index)
+                top, index = tl.where(first, tile_top, top), tl.where(first, tile_index, index)
+        else:
+            value = value.to(wide)
+            if source == 1:
+                given = noise + row * noise_b + node * noise_n
+                value += tl.load(given + token.to(tl.int64) * noise_v, mask=mask, other=0.0).to(wide)
+            first = mask & better(value, token, best, where)
+            best, where = tl.where(first, value, best), tl.where(first, token, where)
+    if source != 2:
+        top, index = first_largest(best, where)
     tl.store(values + line * splits + part, top)
     tl.store(indices + line * splits + part, index)
+
+
+@triton.jit(do_not_specialize=["n", "parts", "tiles"])
+@no_type_check
+def _sampled(
+    choice, logits, stride_b, stride_n, n, v, parts, tiles, accept, accept_b, accept_n, seed, seed_b, round, round_b,
+    maxima, totals, threshold, cut,
+    made: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
+    kind: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Invert the distribution function of one node's law: find the part, then the token in it."""
+    line = tl.program_id(0).to(tl.int64)
+    row, node = line // n, (line % n).to(tl.int32)
+    here = logits + row * stride_b + node * stride_n
+    which = tl.arange(0, width)
+    there = which < parts
+    tops = tl.load(maxima + line * parts + which, mask=there, other=float("-inf"))
+    shares = tl.load(totals + line * parts + which, mask=there, other=0.0)
+    top, total = law.merged(tops, shares, 0)
+    factor = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - law.finite(top)))
+    uniform = philox_triton.coins(
+        node, node >= 0, row, accept, accept_b, accept_n, seed, seed_b, round, round_b, philox_triton.ACCEPTING, made
+    )
+    goal = uniform * total
+    part, base = law.part_of(shares * factor.to(tl.float64), which, parts, goal)
+    found = tl.program_id(0) * 0 + BEYOND
+    last = tl.program_id(0) * 0
+    tile = tl.program_id(0) * 0
+    while tile < tiles:
+        token = (part * tiles + tile) * block + tl.arange(0, block)
+        mask = token < v
+        weight = law.weights(
+            here, token, mask, top, threshold + line, cut + line, temperature, filtered, kind
+        )  # fmt: skip
+        found, last_here, base = law.token_of(weight.to(tl.float64), token, base, goal)
+        last = tl.maximum(last, last_here)
+        tile = tl.where(found < BEYOND, tiles, tile + 1)
+    tl.store(choice + line, tl.where(found < BEYOND, found, last))
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
@@ -94,10 +145,10 @@ def _walk(
     node = tl.arange(0, nodes)
     exists = node < n
     line = (row * n + node) * splits
-    best = tl.load(values + line, mask=exists, other=float("-inf"))
+    best = tl.load(values + line, mask=exists, other=0)
     choice = tl.load(indices + line, mask=exists, other=0)
     for part in range(1, splits):
-        value = tl.load(values + line + part, mask=exists, other=float("-inf"))
+        value = tl.load(values + line + part, mask=exists, other=0)
         index = tl.load(indices + line + part, mask=exists, other=0)
         first = better(value, index, best, choice)
         best, choice = tl.where(first, value, best), tl.where(first, index, choice)
@@ -170,6 +221,38 @@ def verify_coupled(
     )
     source = 2 if noise is None else 1
     return _verify(logits, tokens, parents, valid, chain, temperature, source, noise, seed, position, limits)
+
+
+def verify_match(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    valid: Tensor,
+    accept: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    round: Tensor | None = None,
+    chain: bool = False,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Verification:
+    """See `specdec_kernels.ops.verify.verify_match`."""
+    coins = philox_triton.told("verify_match", accept, accept, seed, round, tokens)
+    b, n, v = logits.shape
+    logits = law.dense(logits)
+    found = law.limits(logits, temperature, top_k, top_p, min_p)
+    kind, _ = law.compute_kind(logits.dtype)
+    choice = torch.empty((b, n, 1), dtype=torch.int32, device=logits.device)
+    block = law.tile(v, widest=1024)
+    _sampled[(b * n,)](
+        choice, logits, *logits.stride()[:2], n, v, found.parts, triton.cdiv(found.size, block),
+        *coins.accept, *coins.source, *found.pointers(),
+        made=coins.made, temperature=float(temperature) or 1.0, filtered=found.threshold is not None,
+        kind=kind, width=found.width, block=block, num_warps=4,
+    )  # fmt: skip
+    return walk(choice, choice, tokens, parents, valid, chain)
 
 
 def _verify(

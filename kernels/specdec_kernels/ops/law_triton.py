@@ -5,9 +5,10 @@ three numbers a row say it all where every token is kept, and a threshold with t
 not (`Limits`). Top-k and top-p search the threshold on the sortable bits of x: every pass over the row tries 16
 candidates at once, so 8 passes suffice for float32 and 16 for float64, whatever the vocabulary.
 
-Numbers: x, weights exp(x - maximum) and their differences are float32 (float64 for float64 logits), totals are float64
-always. A probability is within (|log p| + 8) * 2^-23 (2^-52) of exact arithmetic, relatively. What is kept is what the
-definition keeps, but for tokens at the edge of top-p or min-p whose mass lies within that bound of the edge.
+Numbers: x, weights exp(x - maximum) and their differences are float32 (float64 for float64 logits), and so are sums of
+up to 16 weights; totals are float64 always. A probability is within (4 x + 40) * 2^-23 (2^-52) of exact arithmetic,
+relatively, where x is the largest of its row in size. What is
+kept is what the definition keeps, but for tokens at the edge of top-p or min-p whose mass lies within that bound of it.
 """
 
 from typing import NamedTuple, no_type_check
@@ -18,25 +19,50 @@ import triton.language as tl
 from torch import Tensor
 
 _TRIED = tl.constexpr(16)
-_PROGRAMS = 512
+# As many programs of 4 warps as a large device holds at once (132 multiprocessors of 64 warps), rounded.
+_PROGRAMS = 2048
 _MAX_SPLITS = 64
+# A lane of a part adds up so many weights in the type of the weights, which keeps the sum within 16 units of its last
+# place; lanes and parts are then added in float64.
+_MOST_TILES = 16
 
 
 class Limits(NamedTuple):
-    """A row's law: kept are tokens whose sortable bits exceed `threshold`, and those equal to it up to id `cut`."""
+    """A row's law: kept are tokens whose sortable bits exceed `threshold`, and those equal to it up to id `cut`.
+
+    `maxima` and `totals`: largest x and sum of weights of every part of a row, a part being `size` tokens.
+    """
 
     threshold: Tensor | None
     cut: Tensor | None
     maxima: Tensor
     totals: Tensor
+    size: int
+
+    @property
+    def parts(self) -> int:
+        return self.maxima.shape[-1]
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        """`maxima`, `totals`, `threshold`, `cut`; arguments that a variant does not read still have to be pointers."""
+        unread = self.maxima
+        return self.maxima, self.totals, *(unread if limit is None else limit for limit in (self.threshold, self.cut))
+
+    @property
+    def width(self) -> int:
+        """A power of two with room for the parts."""
+        return int(triton.next_power_of_2(self.parts))
 
 
 @triton.jit
 @no_type_check
-def scaled(value, temperature: tl.constexpr):
-    """The logits over the temperature, rounded as division rounds."""
+def scaled(value, temperature: tl.constexpr, exact: tl.constexpr):
+    """The logits over the temperature; `exact`: rounded as division rounds, which what is kept depends on."""
     if temperature == 1.0:
         made = value
+    elif not exact:
+        # A tenth of the instructions, and within 2 units of the last place.
+        made = value * (1.0 / temperature)
     elif value.dtype == tl.float64:
         made = value / temperature
     else:
@@ -80,39 +106,101 @@ def _parts(
     maxima, totals, logits, stride_b, stride_n, n, v, splits, tiles,
     temperature: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of weights of one of `splits` parts of a row."""
+    """Maximum and sum of weights of one of `splits` parts of a row.
+
+    Every lane has a maximum and a sum of its own until the end, so that no tile waits for other lanes. A value x at
+    distance d of the lane's maximum weighs exp(-d) against it if it is smaller, and the sum weighs exp(-d) against x
+    if it is larger: one exponential for each.
+    """
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     here = logits + (line // n) * stride_b + (line % n) * stride_n
     lanes = tl.arange(0, block)
-    top = tl.full([], float("-inf"), kind)
-    total = tl.full([], 0.0, tl.float64)
+    # The least finite number, so that no difference is one of infinities.
+    if kind == tl.float64:
+        top = tl.full([block], -1.7976931348623157e308, kind)
+    else:
+        top = tl.full([block], -3.4028234663852886e38, kind)
+    total = tl.zeros([block], kind)
     for tile in range(tiles):
         token = (part * tiles + tile) * block + lanes
         value = tl.load(here + token, mask=token < v, other=float("-inf")).to(kind)
-        value = scaled(value, temperature)
-        above = tl.maximum(top, tl.max(value, 0))
-        weights = tl.exp(value - finite(above))
-        total = total * tl.exp(finite(top) - finite(above)).to(tl.float64) + tl.sum(weights, 0).to(tl.float64)
-        top = above
-    tl.store(maxima + line * splits + part, top)
-    tl.store(totals + line * splits + part, total)
+        value = scaled(value, temperature, False)
+        # exp(-x) is 2^(-x log2(e)); so written it is one multiplication, which takes the sign with it.
+        factor = tl.exp2(tl.abs(value - top) * -1.4426950408889634)
+        total = tl.where(value > top, total * factor + 1.0, total + factor)
+        top = tl.maximum(top, value)
+    highest = tl.max(top, 0)
+    whole = tl.sum(total.to(tl.float64) * tl.exp(top - highest).to(tl.float64), 0)
+    # Lanes of nothing but -inf have kept the least number, and infinity has no law.
+    tl.store(maxima + line * splits + part, tl.where(whole == 0, float("-inf"), highest))
+    tl.store(totals + line * splits + part, tl.where(highest == float("inf"), float("nan"), whole))
 
 
 @triton.jit
 @no_type_check
-def joined(maxima, totals, line, mask, splits):
-    """Maximum and sum of weights of whole rows from their parts; `line` may be one row or a vector of them."""
-    top = tl.load(maxima + line * splits, mask=mask, other=0.0)
-    for part in range(1, splits):
-        top = tl.maximum(top, tl.load(maxima + line * splits + part, mask=mask, other=0.0))
-    total = tl.load(totals + line * splits, mask=mask, other=1.0) * 0.0
-    for part in range(0, splits):
-        here = tl.load(maxima + line * splits + part, mask=mask, other=0.0)
-        share = tl.load(totals + line * splits + part, mask=mask, other=1.0)
-        # A part of nothing but -inf weighs nothing, and has no finite distance from the top.
-        factor = tl.where(here == float("-inf"), 0.0, tl.exp(here - finite(top)))
-        total += share * factor.to(tl.float64)
-    return top, total
+def weights(
+    here, token, mask, top, threshold, cut, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr
+):  # fmt: skip
+    """What some tokens of one row weigh: p, up to the sum of weights. `threshold`, `cut`: where the row's are."""
+    value = scaled(tl.load(here + token, mask=mask, other=float("-inf")).to(kind), temperature, filtered)
+    weight = tl.exp(value - finite(top))
+    if filtered:
+        weight = tl.where(keeps(value, token, tl.load(threshold), tl.load(cut)), weight, 0.0)
+    return tl.where(mask, weight, 0.0)
+
+
+@triton.jit
+@no_type_check
+def merged(tops, shares, axis: tl.constexpr):
+    """Maximum and sum of weights of what has these parts along an axis."""
+    top = tl.max(tops, axis)
+    shift = finite(top)
+    if axis == 1:
+        shift = shift[:, None]
+    # A part of nothing but -inf weighs nothing, and has no finite distance from the top.
+    factor = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - shift))
+    return top, tl.sum(shares * factor.to(tl.float64), axis)
+
+
+@triton.jit
+@no_type_check
+def joined(maxima, totals, line, mask, splits, width: tl.constexpr):
+    """Maximum and sum of weights of a vector of whole rows from their parts; 0 and 1 outside the mask."""
+    part = tl.arange(0, width)[None, :]
+    place = line[:, None] * splits + part
+    there = mask[:, None] & (part < splits)
+    outside = tl.where(mask[:, None] | (part > 0), float("-inf"), 0.0).to(maxima.dtype.element_ty)
+    tops = tl.load(maxima + place, mask=there, other=0.0)
+    shares = tl.load(totals + place, mask=there, other=1.0)
+    return merged(tl.where(there, tops, outside), shares, 1)
+
+
+@triton.jit
+@no_type_check
+def joined_row(maxima, totals, line, splits, width: tl.constexpr):
+    """Maximum and sum of weights of one whole row from its parts."""
+    part = tl.arange(0, width)
+    tops = tl.load(maxima + line * splits + part, mask=part < splits, other=float("-inf"))
+    return merged(tops, tl.load(totals + line * splits + part, mask=part < splits, other=0.0), 0)
+
+
+@triton.jit
+@no_type_check
+def part_of(sums, which, parts, goal):
+    """Of parts that weigh `sums`, the first that reaches beyond `goal`, and what weighs before it."""
+    part = tl.sum(((tl.cumsum(sums, 0) <= goal) & (which < parts)).to(tl.int32), 0)
+    part = tl.minimum(part, tl.max(tl.where(sums > 0, which, 0), 0))
+    return part, tl.sum(tl.where(which < part, sums, 0.0), 0)
+
+
+@triton.jit
+@no_type_check
+def token_of(weight, token, base, goal):
+    """The first of some tokens (ascending) at which the weights above `base` reach beyond `goal`, or 0x7FFFFFFF; the
+    last one of positive weight, or 0; and the weights with them."""
+    beyond = (base + tl.cumsum(weight, 0) > goal) & (weight > 0)
+    found = tl.min(tl.where(beyond, token, 0x7FFFFFFF), 0)
+    return found, tl.max(tl.where(weight > 0, token, 0), 0), base + tl.sum(weight, 0)
 
 
 @triton.jit(do_not_specialize=["n", "top_k"])
@@ -132,7 +220,7 @@ def _limits(
     broken = tl.program_id(0) * 0
     for begin in range(0, v, block):
         token = begin + lanes
-        value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+        value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
         nan = value != value
         broken += tl.max(nan.to(tl.int32), 0)
         value = tl.where(nan, float("-inf"), value)
@@ -151,7 +239,7 @@ def _limits(
             count = tl.zeros([_TRIED], tl.int32)
             for begin in range(0, v, block):
                 token = begin + lanes
-                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
                 reached = (sortable(value)[:, None] >= candidate[None, :]) & (token < v)[:, None]
                 count += tl.sum(reached.to(tl.int32), 0)
             enough = count >= top_k
@@ -163,7 +251,7 @@ def _limits(
         kept = tl.full([], 0.0, tl.float64)
         for begin in range(0, v, block):
             token = begin + lanes
-            value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+            value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
             weights = tl.where((sortable(value) >= base) & (token < v), tl.exp(value - shift), 0.0)
             kept += tl.sum(tl.where(value == value, weights, 0.0), 0).to(tl.float64)
         wanted = kept * top_p
@@ -176,7 +264,7 @@ def _limits(
             mass = tl.zeros([_TRIED], tl.float64)
             for begin in range(0, v, block):
                 token = begin + lanes
-                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
                 reached = (sortable(value)[:, None] >= candidate[None, :]) & (token < v)[:, None]
                 weights = tl.exp(value - shift)
                 mass += tl.sum(tl.where(reached, weights[:, None], 0.0), 0).to(tl.float64)
@@ -192,7 +280,7 @@ def _limits(
         ties = tl.program_id(0) * 0
         for begin in range(0, v, block):
             token = begin + lanes
-            value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+            value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
             equal = (sortable(value) == floor) & (token < v)
             ties += tl.sum(equal.to(tl.int32), 0)
             weight = tl.maximum(weight, tl.max(tl.where(equal, tl.exp(value - shift), 0.0), 0).to(tl.float64))
@@ -203,7 +291,7 @@ def _limits(
             begin = tl.program_id(0) * 0
             while seen < few:
                 token = begin + lanes
-                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+                value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
                 equal = ((sortable(value) == floor) & (token < v)).to(tl.int32)
                 rank = seen + tl.cumsum(equal, 0)
                 last = tl.minimum(last, tl.min(tl.where((rank == few) & (equal > 0), token, 0x7FFFFFFF), 0))
@@ -218,7 +306,7 @@ def _limits(
     total = tl.full([], 0.0, tl.float64)
     for begin in range(0, v, block):
         token = begin + lanes
-        value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+        value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, True)
         weights = tl.where(keeps(value, token, floor, last) & (token < v), tl.exp(value - shift), 0.0)
         total += tl.sum(weights, 0).to(tl.float64)
     tl.store(threshold + line, floor)
@@ -231,13 +319,13 @@ def _limits(
 @no_type_check
 def _apply(
     out, logits, stride_b, stride_n, n, v, maxima, totals, splits, threshold, cut,
-    temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * block + tl.arange(0, block)
-    top, total = joined(maxima, totals, line, line >= 0, splits)
+    top, total = joined_row(maxima, totals, line, splits, width)
     here = logits + (line // n) * stride_b + (line % n) * stride_n
-    value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature)
+    value = scaled(tl.load(here + token, mask=token < v, other=float("-inf")).to(kind), temperature, filtered)
     law = tl.exp(value - finite(top)) / total.to(kind)
     if filtered:
         kept = keeps(value, token, tl.load(threshold + line), tl.load(cut + line))
@@ -246,12 +334,18 @@ def _apply(
     tl.store(out + line * v + token, law, mask=token < v)
 
 
-def partition(lines: int, v: int, widest: int = 4096) -> tuple[int, int, int]:
-    """Tokens a tile, parts a row and tiles a part, so that `lines` rows keep a large device busy."""
-    block = min(widest, max(128, triton.next_power_of_2(v)))
+def tile(v: int, widest: int) -> int:
+    """Tokens that a program takes at a time."""
+    return int(min(widest, max(128, triton.next_power_of_2(v))))
+
+
+def partition(lines: int, v: int, widest: int, most: int | None = None) -> tuple[int, int, int]:
+    """Tokens a tile, parts a row and tiles a part (at most `most` while parts suffice), so that `lines` rows keep a
+    large device busy."""
+    block = tile(v, widest)
     tiles = triton.cdiv(v, block)
-    splits = max(1, min(tiles, _MAX_SPLITS, triton.cdiv(_PROGRAMS, max(lines, 1))))
-    each = triton.cdiv(tiles, splits)
+    wanted = max(triton.cdiv(_PROGRAMS, max(lines, 1)), 1 if most is None else triton.cdiv(tiles, most))
+    each = triton.cdiv(tiles, min(tiles, _MAX_SPLITS, wanted))
     return block, triton.cdiv(tiles, each), each
 
 
@@ -277,14 +371,14 @@ def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
     kind, dtype = compute_kind(logits.dtype)
     device = logits.device
     if not filters(logits, top_k, top_p, min_p):
-        block, splits, tiles = partition(b * n, v)
+        block, splits, tiles = partition(b * n, v, widest=1024, most=_MOST_TILES)
         maxima = torch.empty((b, n, splits), dtype=dtype, device=device)
         totals = torch.empty((b, n, splits), dtype=torch.float64, device=device)
         _parts[(b * n, splits)](
             maxima, totals, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
             temperature=float(temperature), kind=kind, block=block, num_warps=4,
         )  # fmt: skip
-        return Limits(None, None, maxima, totals)
+        return Limits(None, None, maxima, totals, block * tiles)
     threshold = torch.empty((b, n, 1), dtype=torch.int64, device=device)
     cut = torch.empty((b, n, 1), dtype=torch.int32, device=device)
     maxima = torch.empty((b, n, 1), dtype=dtype, device=device)
@@ -293,9 +387,9 @@ def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
         threshold, cut, maxima, totals, logits, logits.stride(0), logits.stride(1), n, v,
         top_k if top_k < v else 0,
         temperature=float(temperature), top_p=float(top_p), min_p=float(min_p), kind=kind,
-        block=min(1024, max(128, triton.next_power_of_2(v))), num_warps=8,
+        block=tile(v, widest=1024), num_warps=8,
     )  # fmt: skip
-    return Limits(threshold, cut, maxima, totals)
+    return Limits(threshold, cut, maxima, totals, v)
 
 
 def dense(logits: Tensor) -> Tensor:
@@ -312,10 +406,10 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
     if not out.numel():
         return out
     law = limits(rows, temperature, top_k, top_p, min_p)
-    block = min(1024, max(128, triton.next_power_of_2(v)))
+    block = tile(v, widest=1024)
     _apply[(n, triton.cdiv(v, block))](
-        out, rows, rows.stride(0), rows.stride(1), n, v, law.maxima, law.totals, law.maxima.shape[-1],
-        law.maxima if law.threshold is None else law.threshold, law.maxima if law.cut is None else law.cut,
-        temperature=float(temperature) or 1.0, filtered=law.threshold is not None, kind=kind, block=block, num_warps=4,
+        out, rows, rows.stride(0), rows.stride(1), n, v, *law.pointers()[:2], law.parts, *law.pointers()[2:],
+        temperature=float(temperature) or 1.0, filtered=law.threshold is not None, kind=kind, block=block,
+        width=law.width, num_warps=4,
     )  # fmt: skip
     return out

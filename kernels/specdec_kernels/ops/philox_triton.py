@@ -1,7 +1,8 @@
 """Philox4x32-10, uniforms and Gumbel noise in Triton: the same words and uniforms as `philox.py`, bit for bit.
 
-`words`, `uniform` and `noise` are for other kernels to call. Noise takes float64 logarithms as the definition does;
-the device's differ from the host's in the last place, so two noises agree within 4 x 2^-52 of their size plus 2^-50.
+`words`, `coins` and the functions of noise are for other kernels to call. Noise takes float64 logarithms as the
+definition does; the device's differ from the host's in the last place, so two noises agree within 4 x 2^-52 of their
+size plus 2^-50.
 """
 
 from typing import NamedTuple, no_type_check
@@ -62,14 +63,34 @@ def coins(
 
 @triton.jit
 @no_type_check
-def noise(token, position, seed):
-    """Gumbel noise (float64) of tokens (int32) at a position."""
-    zero = token * 0
-    w0, w1, w2, w3 = words(token // 4, zero, zero + position, zero + _COUPLED, seed)
-    lane = token % 4
-    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
+def token_words(begin, position, seed, block: tl.constexpr):
+    """The words that the noise of `block` tokens from `begin` (a multiple of 4) is made of, at a position."""
+    lane = begin // 4 + tl.arange(0, block // 4)
+    zero = lane * 0
+    w0, w1, w2, w3 = words(lane, zero, zero + position, zero + _COUPLED, seed)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [block])
+
+
+@triton.jit
+@no_type_check
+def noise(word):
+    """The Gumbel noise (float64) of a word."""
     unit = (word.to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
     return -tl.log(-tl.log(unit))
+
+
+@triton.jit
+@no_type_check
+def most_noise(word):
+    """A float32 that the Gumbel noise of a word is at most, by less than 0.4.
+
+    With u = (word + 1/2) / 2^32, -log u is at least 1 - u, which float32 holds to its last place where u is near 1;
+    below 1/2 it is taken by itself. The margins are far above the errors of a device's fast logarithm (2^-22).
+    """
+    low = (word.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    least = tl.where(low < 0.5, -tl.log(low), rest)
+    return 1e-4 - tl.log(least)
 
 
 @triton.jit(do_not_specialize=["count", "columns", "depth"])
@@ -115,8 +136,10 @@ def _uniforms(out, seed, round, n, columns, purpose, last, seed_stride, round_st
 def _gumbel(out, seed, position, n, v, seed_stride, pos_b, pos_n, block: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
     row, node = line // n, line % n
-    token = tl.program_id(1) * block + tl.arange(0, block)
-    made = noise(token, tl.load(position + row * pos_b + node * pos_n), tl.load(seed + row * seed_stride))
+    begin = tl.program_id(1) * block
+    place = tl.load(position + row * pos_b + node * pos_n)
+    made = noise(token_words(begin, place, tl.load(seed + row * seed_stride), block))
+    token = begin + tl.arange(0, block)
     tl.store(out + line * v + token, made, mask=token < v)
 
 

@@ -66,20 +66,6 @@ def remaining(
     return before, after, struck
 
 
-@triton.jit
-@no_type_check
-def weights(
-    here, token, mask, top, total, threshold, cut,
-    temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr,
-):  # fmt: skip
-    """p of some tokens of one row."""
-    value = law.scaled(tl.load(here + token, mask=mask, other=float("-inf")).to(kind), temperature)
-    p = tl.exp(value - law.finite(top)) / total.to(kind)
-    if filtered:
-        p = tl.where(law.keeps(value, token, tl.load(threshold), tl.load(cut)), p, 0.0)
-    return tl.where(mask, p, 0.0)
-
-
 @triton.jit(do_not_specialize=["n", "splits"])
 @no_type_check
 def _walk(
@@ -87,7 +73,7 @@ def _walk(
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
     accept, accept_b, accept_n, seed, seed_b, round, round_b, maxima, totals, threshold, cut, n, v, splits, tiny,
     made: tl.constexpr, replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr,
-    filtered: tl.constexpr, kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr,
+    filtered: tl.constexpr, kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, nodes)
@@ -105,9 +91,9 @@ def _walk(
 
     # p and q of every draft under its parent's law.
     above = tl.where(alive, parent, 0)
-    top, total = law.joined(maxima, totals, row * n + above, alive, splits)
+    top, total = law.joined(maxima, totals, row * n + above, alive, splits, width)
     place = logits + row * stride_b + above.to(tl.int64) * stride_n + drafted
-    value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature)
+    value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature, filtered)
     p = tl.exp(value - law.finite(top)).to(tl.float64) / total
     if filtered:
         line = row * n + above
@@ -151,7 +137,7 @@ def _walk(
             if again & from_law:
                 # A following sibling needs to know what this rejection leaves.
                 this = row * n + node
-                row_top, row_total = law.joined(maxima, totals, this, this >= 0, splits)
+                row_top, row_total = law.joined_row(maxima, totals, this, splits, width)
                 here = logits + row * stride_b + node.to(tl.int64) * stride_n
                 law_row = draft + row * draft_b + node.to(tl.int64) * draft_n
                 mass = tl.full([], 0.0, tl.float64)
@@ -159,10 +145,9 @@ def _walk(
                 for begin in range(0, v, block):
                     token = begin + lanes
                     mask = token < v
-                    weight = weights(
-                        here, token, mask, row_top, row_total, threshold + this, cut + this,
-                        temperature, filtered, kind,
-                    )  # fmt: skip
+                    weight = (1.0 / row_total).to(kind) * law.weights(
+                        here, token, mask, row_top, threshold + this, cut + this, temperature, filtered, kind
+                    )
                     law_tile = tl.load(law_row + token, mask=mask, other=0.0).to(kind)
                     siblings = (parent == node) & (index <= child)
                     _, rest, gone = remaining(
@@ -216,8 +201,9 @@ def last_weights(
     """Weights of some tokens at the node a row ended at, before and after the last rejection there."""
     line = row * n + node
     here = logits + row * stride_b + node.to(tl.int64) * stride_n
-    p = weights(here, token, mask, top, total, threshold + line, cut + line, temperature, filtered, kind)
-    p = p * scale.to(kind)
+    # One division a row: by 0 it makes the same of a broken row as a division of every weight.
+    p = law.weights(here, token, mask, top, threshold + line, cut + line, temperature, filtered, kind)
+    p = p * (1.0 / total).to(kind) * scale.to(kind)
     law_tile = tl.zeros_like(p)
     if drafts:
         place = draft + row * draft_b + node.to(tl.int64) * draft_n + token
@@ -235,7 +221,7 @@ def _remains(
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, v, splits, parts, tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """What one of `parts` parts of each row's last law weighs, before and after the last rejection."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -251,9 +237,9 @@ def _remains(
         drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
     masses = tl.load(masses_in + own, mask=exists, other=1.0)
     draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
-    top, total = law.joined(maxima, totals, row * n + node, row >= 0, splits)
-    before_sum = tl.full([], 0.0, tl.float64)
-    after_sum = tl.full([], 0.0, tl.float64)
+    top, total = law.joined_row(maxima, totals, row * n + node, splits, width)
+    before_sum = tl.zeros([block], tl.float64)
+    after_sum = tl.zeros([block], tl.float64)
     for tile in range(tiles):
         token = (part * tiles + tile) * block + tl.arange(0, block)
         before, after = last_weights(
@@ -261,10 +247,10 @@ def _remains(
             top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
             replacement, drafts, temperature, filtered, kind,
         )  # fmt: skip
-        before_sum += tl.sum(before, 0)
-        after_sum += tl.sum(after, 0)
-    tl.store(before_out + row * parts + part, before_sum)
-    tl.store(after_out + row * parts + part, after_sum)
+        before_sum += before
+        after_sum += after
+    tl.store(before_out + row * parts + part, tl.sum(before_sum, 0))
+    tl.store(after_out + row * parts + part, tl.sum(after_sum, 0))
 
 
 @triton.jit(do_not_specialize=["n", "splits", "parts", "tiles"])
@@ -275,7 +261,8 @@ def _draw(
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, v, splits, parts, tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, nodes: tl.constexpr, block: tl.constexpr, width: tl.constexpr, made: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, sums_width: tl.constexpr,
+    made: tl.constexpr,
 ):  # fmt: skip
     """Invert the distribution function of each row's last law: find the part, then the token in it."""
     row = tl.program_id(0).to(tl.int64)
@@ -291,9 +278,9 @@ def _draw(
         drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
     masses = tl.load(masses_in + own, mask=exists, other=1.0)
     draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
-    top, total = law.joined(maxima, totals, row * n + node, row >= 0, splits)
+    top, total = law.joined_row(maxima, totals, row * n + node, splits, width)
 
-    which = tl.arange(0, width)
+    which = tl.arange(0, sums_width)
     before_sums = tl.load(before_in + row * parts + which, mask=which < parts, other=0.0)
     after_sums = tl.load(after_in + row * parts + which, mask=which < parts, other=0.0)
     # Where the last rejection leaves nothing it was a matter of rounding, and the law before it is used.
@@ -304,10 +291,7 @@ def _draw(
         root, root == 0, row, given, given_b, given_n, seed, seed_b, round, round_b, philox_triton.DRAWING, made
     )
     goal = uniform * tl.sum(sums, 0)
-    reached = tl.cumsum(sums, 0)
-    part = tl.sum(((reached <= goal) & (which < parts)).to(tl.int32), 0)
-    part = tl.minimum(part, tl.max(tl.where(sums > 0, which, 0), 0))
-    base = tl.sum(tl.where(which < part, sums, 0.0), 0)
+    part, base = law.part_of(sums, which, parts, goal)
 
     found = tl.program_id(0) * 0 + 0x7FFFFFFF
     last = tl.program_id(0) * 0
@@ -320,10 +304,8 @@ def _draw(
             replacement, drafts, temperature, filtered, kind,
         )  # fmt: skip
         weight = tl.where(fallback, before, after)
-        edge = base + tl.cumsum(weight, 0)
-        found = tl.min(tl.where((edge > goal) & (weight > 0), token, 0x7FFFFFFF), 0)
-        last = tl.maximum(last, tl.max(tl.where(weight > 0, token, 0), 0))
-        base += tl.sum(weight, 0)
+        found, here, base = law.token_of(weight, token, base, goal)
+        last = tl.maximum(last, here)
         tile = tl.where(found < 0x7FFFFFFF, tiles, tile + 1)
     tl.store(next_token + row, tl.where(found < 0x7FFFFFFF, found, last).to(tl.int64))
 
@@ -334,7 +316,7 @@ def _ratios(
     ratios, logits, stride_b, stride_n, tokens, valid, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, splits, tiny,
     drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr,
-    nodes: tl.constexpr,
+    width: tl.constexpr, nodes: tl.constexpr,
 ):  # fmt: skip
     """r_i = min(1, r_{i-1} p_i(x_i) / q_i(x_i)) along each chain."""
     row = tl.program_id(0).to(tl.int64)
@@ -344,9 +326,9 @@ def _ratios(
     own = row * n + index
     above = tl.where(alive, index - 1, 0)
     drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
-    top, total = law.joined(maxima, totals, row * n + above, alive, splits)
+    top, total = law.joined(maxima, totals, row * n + above, alive, splits, width)
     place = logits + row * stride_b + above.to(tl.int64) * stride_n + drafted
-    value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature)
+    value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature, filtered)
     p = tl.exp(value - law.finite(top)).to(tl.float64) / total
     if filtered:
         line = row * n + above
@@ -371,7 +353,8 @@ def _ratios(
 def _excesses(
     sums, ratios, logits, stride_b, stride_n, tokens, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, v, splits, parts, tiles,
-    drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr,
+    width: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Z_i = sum (r_i p_{i+1} - q_{i+1})+ of every position but the last, in parts."""
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -379,20 +362,21 @@ def _excesses(
     following = tl.minimum(node + 1, n - 1)
     ratio = tl.load(ratios + line).to(kind)
     drafted = tl.load(tokens + row * n + following).to(tl.int32)
-    top, total = law.joined(maxima, totals, line, line >= 0, splits)
+    top, total = law.joined_row(maxima, totals, line, splits, width)
     here = logits + row * stride_b + node * stride_n
-    mass = tl.full([], 0.0, tl.float64)
+    mass = tl.zeros([block], tl.float64)
     for tile in range(tiles):
         token = (part * tiles + tile) * block + tl.arange(0, block)
         mask = token < v
-        p = weights(here, token, mask, top, total, threshold + line, cut + line, temperature, filtered, kind)
+        p = law.weights(here, token, mask, top, threshold + line, cut + line, temperature, filtered, kind)
+        p = p * (1.0 / total).to(kind)
         q = tl.where(token == drafted, 1.0, 0.0).to(kind)
         if drafts:
             drawn = tl.load(sampled + row * n + following) != 0
             place = draft + row * draft_b + node * draft_n + token
             q = tl.where(drawn, tl.load(place, mask=mask & drawn, other=0.0).to(kind), q)
-        mass += tl.sum(tl.maximum(ratio * p - q, 0.0).to(tl.float64), 0)
-    tl.store(sums + line * parts + part, mass)
+        mass += tl.maximum(ratio * p - q, 0.0).to(tl.float64)
+    tl.store(sums + line * parts + part, tl.sum(mass, 0))
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -465,13 +449,14 @@ def verify_lossless(
         "temperature": float(temperature) or 1.0,
         "filtered": found.threshold is not None,
         "kind": kind,
+        "width": found.width,
         "nodes": triton.next_power_of_2(n),
     }
     _walk[(b,)](
         *end.verdict(), *end.ends(), *end.chain(),
         logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2], *coins.accept, *coins.source,
-        *_pointers(found), n, v, found.maxima.shape[-1], torch.finfo(dtype).tiny,
-        made=coins.made, **options, block=_block(v), num_warps=8,
+        *found.pointers(), n, v, found.parts, torch.finfo(dtype).tiny,
+        made=coins.made, **options, block=law.tile(v, widest=4096), num_warps=8,
     )  # fmt: skip
     return end.draw(logits, tree, draft, coins, found, options)
 
@@ -508,18 +493,20 @@ def verify_block(
         "temperature": float(temperature) or 1.0,
         "filtered": found.threshold is not None,
         "kind": kind,
+        "width": found.width,
     }
-    nodes, splits, tiny = triton.next_power_of_2(n), found.maxima.shape[-1], torch.finfo(dtype).tiny
+    nodes, splits, tiny = triton.next_power_of_2(n), found.parts, torch.finfo(dtype).tiny
     ratios = torch.empty((b, n), dtype=torch.float64, device=device)
     _ratios[(b,)](
         ratios, logits, *logits.stride()[:2], tokens, valid, sampled, draft, *draft.stride()[:2],
-        *_pointers(found), n, splits, tiny, **laws, nodes=nodes, num_warps=1 if n <= 64 else 4,
+        *found.pointers(), n, splits, tiny, **laws, nodes=nodes,
+        num_warps=1 if nodes * found.width <= 512 else 4,
     )  # fmt: skip
-    block, parts, tiles = law.partition(b * n, v, widest=2048)
+    block, parts, tiles = law.partition(b * n, v, widest=1024)
     sums = torch.empty((b, n, parts), dtype=torch.float64, device=device)
     _excesses[(b * n, parts)](
         sums, ratios, logits, *logits.stride()[:2], tokens, sampled, draft, *draft.stride()[:2],
-        *_pointers(found), n, v, splits, parts, tiles, **laws, block=block, num_warps=4,
+        *found.pointers(), n, v, splits, parts, tiles, **laws, block=block, num_warps=4,
     )  # fmt: skip
     _decide[(b,)](
         *end.verdict(), *end.ends(), *end.chain(), ratios, sums, valid, *coins.accept, *coins.source, n, parts, tiny,
@@ -572,22 +559,12 @@ class _End:
         sums = torch.empty((2, b, parts), dtype=torch.float64, device=logits.device)
         common = (
             *self.ends(), *self.chain(), logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2],
-            *_pointers(found), n, v, found.maxima.shape[-1], parts, tiles,
+            *found.pointers(), n, v, found.parts, parts, tiles,
         )  # fmt: skip
         _remains[(b, parts)](sums[0], sums[1], *common, **options, block=block, num_warps=4)
-        width = triton.next_power_of_2(parts)
+        sums_width = triton.next_power_of_2(parts)
         _draw[(b,)](
             self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common,
-            **options, block=block, width=width, made=coins.made, num_warps=4,
+            **options, block=block, sums_width=sums_width, made=coins.made, num_warps=4,
         )  # fmt: skip
         return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
-
-
-def _pointers(found: law.Limits) -> tuple[Tensor, ...]:
-    # Arguments that a variant does not read still have to be pointers.
-    threshold = found.maxima if found.threshold is None else found.threshold
-    return found.maxima, found.totals, threshold, found.maxima if found.cut is None else found.cut
-
-
-def _block(v: int) -> int:
-    return int(min(4096, max(128, triton.next_power_of_2(v))))
