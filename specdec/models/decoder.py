@@ -114,6 +114,7 @@ def build_decoder(
     if whole.implementation == "cpu":
         about["weights"] = quantize or "fp32"
         packed = pack_checkpoint(config, tensors, about["weights"])
+        about["weight_bytes"] = packed.bytes
         return _build_model(_run_stack(spec, packed), spec, spec.num_layers, dtype, device, name, about)
     reader = Reader(tensors, dtype, device)
     with torch.no_grad():
@@ -148,6 +149,7 @@ def build_packed(config: Any, weights: PackedModel, *, name: str, format: str) -
     if whole.implementation != "cpu":
         raise ModelError(f"{name} is packed for the CPU stack, which does not run here: {whole.reason}")
     about = {"architecture": config.model_type, "stack": "cpu", "stack_reason": whole.reason, "weights": format}
+    about["weight_bytes"] = weights.bytes
     return _build_model(_run_stack(spec, weights), spec, spec.num_layers, dtype, device, name, about)
 
 

@@ -19,7 +19,7 @@ from specdec.models.report import ModelError, Progress, one_line, silent
 from specdec.models.source import PACKED
 from specdec.models.weights import read_tensors, write_tensors
 from specdec_kernels.cpu.packed import Arena
-from specdec_kernels.cpu.weights import PackedModel, matrices_of, misfit, model_of, pack_model, tensors_of
+from specdec_kernels.cpu.weights import Ends, PackedModel, matrices_of, misfit, model_of, pack_model, tensors_of
 
 # Raised whenever the layout of `specdec_kernels.cpu.packed` or what is written about it changes.
 _LAYOUT = 1
@@ -34,7 +34,7 @@ def pack_checkpoint(
     progress: Progress = silent,
 ) -> PackedModel:
     """The weights of a checkpoint in `format`, for an architecture that the CPU stack runs. `tensors` may hold GGUF
-    blocks (`gguf_weights.Blocks`). One layer at a time is in memory both as stored and as packed.
+    blocks (`gguf_weights.Blocks`). Only the head, or one layer at a time, is in memory both as stored and as packed.
 
     Raises `ModelError` for weights that do not match the configuration.
     """
@@ -44,15 +44,16 @@ def pack_checkpoint(
 
     def layers() -> Iterator[LayerWeights]:
         for index in range(spec.num_layers):
-            progress("packing", index, spec.num_layers + 1)
+            progress("packing", index + 1, spec.num_layers + 1)
             yield family.layer(config, spec, reader, index)
-        progress("packing", spec.num_layers, spec.num_layers + 1)
+        progress("packing", spec.num_layers + 1, spec.num_layers + 1)
+
+    def ends() -> Ends:
+        found = family.ends(config, spec, reader)
+        return Ends(found.embedding, found.final_norm.weight, found.head)
 
     with torch.no_grad():
-        last = family.ends(config, spec, reader)
-        model = pack_model(
-            spec, layers(), last.final_norm.weight, last.embedding, last.head, format, importance=importance
-        )
+        model = pack_model(spec, layers(), ends, format, importance=importance)
     reader.refuse_unread(family.ignored)
     return model
 

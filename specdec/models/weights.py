@@ -21,36 +21,39 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a folder by name, memory-mapped: each access reads from the file.
+    """The tensors of a folder by name. Each access maps the file anew: the parts of a mapping that were read count as
+    memory of the process as long as it exists, and so go with the tensor.
 
     Raises `ModelError` at once when a file is missing, damaged or pickled.
     """
 
     def __init__(self, folder: Path) -> None:
         self.files = _weight_files(folder)
-        self._handles: dict[str, Any] = {}
+        # The file and the type of each tensor.
+        self._found: dict[str, tuple[Path, str]] = {}
         for path in self.files:
             handle = _open(path)
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
+            names = handle.keys()
+            self._found |= {name: (path, handle.get_slice(name).get_dtype()) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[name].get_tensor(name)
+        tensor: Tensor = _open(self._found[name][0]).get_tensor(name)
         return tensor
 
     def __contains__(self, name: object) -> bool:
         # The inherited test would read the tensor.
-        return name in self._handles
+        return name in self._found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._handles)
+        return iter(self._found)
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return len(self._found)
 
     @property
     def dtype(self) -> torch.dtype:
         """The widest floating-point type in the files, without reading a tensor; float32 when there is none."""
-        found = {handle.get_slice(name).get_dtype() for name, handle in self._handles.items()}
+        found = {code for _, code in self._found.values()}
         return next((dtype for code, dtype in _FLOATS.items() if code in found), torch.float32)
 
 

@@ -26,7 +26,7 @@ one chain of operations in the order of the input channels.
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -47,6 +47,8 @@ _STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # How far the range of a group of int4 shrinks in the fit, in levels. Of normal weights, 0.077 of the norm is lost
 # without a fit, 0.074 with the first of these, 0.072 with all four, and no less with eight.
 _NARROWINGS = (0.0, 0.7, 1.5, 2.5)
+# Rows that are packed at a time, whole panels: encoding takes several times their memory.
+_ROWS = 256
 # Below this the kernels take an input for zero.
 _TINY = 1e-30
 
@@ -119,19 +121,18 @@ def pack(
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     out_features, in_features = weight.shape
     columns = columns_of(format, in_features)
-    padded = functional.pad(weight.detach().float(), (0, columns - in_features, 0, -out_features % PANEL))
-    if format in _STORED:
-        data = padded.to(_STORED[format]).view(-1, PANEL, columns).transpose(1, 2)
-        return _keep(format, out_features, in_features, data, None, bias, allocate)
-    if format == "int4":
-        counted = None if importance is None else functional.pad(importance.float(), (0, columns - in_features))
-        values, scales = fit_int4(padded, counted)
-    else:
-        values, scales = (
-            _int8(padded, columns, torch.float32) if format == "int8" else _int8(padded, GROUP, torch.float16)
-        )
-    data, spread = _interleave(format, values, scales)
-    return _keep(format, out_features, in_features, data, spread, bias, allocate)
+    counted = None if importance is None else functional.pad(importance.float(), (0, columns - in_features))
+
+    def encode(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        padded = functional.pad(rows.float(), (0, columns - in_features, 0, -len(rows) % PANEL))
+        if format in _STORED:
+            return padded.to(_STORED[format]).view(-1, PANEL, columns).transpose(1, 2), None
+        if format == "int4":
+            return _interleave(format, *fit_int4(padded, counted))
+        per_row = format == "int8"
+        return _interleave(format, *_int8(padded, *((columns, torch.float32) if per_row else (GROUP, torch.float16))))
+
+    return _keep(format, out_features, in_features, map(encode, torch.split(weight.detach(), _ROWS)), bias, allocate)
 
 
 def pack_blocks(
@@ -150,13 +151,16 @@ def pack_blocks(
     format = block_format(blocks.shape[1], in_features)
     if format is None:
         raise ValueError(f"rows of {blocks.shape[1]} bytes are not Q8_0 or Q4_1 blocks of {in_features} channels")
-    padded = functional.pad(blocks, (0, 0, 0, -len(blocks) % PANEL)).view(-1, in_features // GROUP, BLOCK_BYTES[format])
-    if format == "int8b":
-        scales, values = padded[..., :2], padded[..., 2:].contiguous().view(torch.int8)
-    else:
-        scales, values = padded[..., :4], torch.cat([padded[..., 4:] & 15, padded[..., 4:] >> 4], -1)
-    data, spread = _interleave(format, values.flatten(1), scales.contiguous().view(torch.float16))
-    return _keep(format, len(blocks), in_features, data, spread, bias, allocate)
+
+    def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
+        padded = functional.pad(rows, (0, 0, 0, -len(rows) % PANEL)).view(-1, in_features // GROUP, BLOCK_BYTES[format])
+        if format == "int8b":
+            scales, values = padded[..., :2], padded[..., 2:].contiguous().view(torch.int8)
+        else:
+            scales, values = padded[..., :4], torch.cat([padded[..., 4:] & 15, padded[..., 4:] >> 4], -1)
+        return _interleave(format, values.flatten(1), scales.contiguous().view(torch.float16))
+
+    return _keep(format, len(blocks), in_features, map(encode, torch.split(blocks, _ROWS)), bias, allocate)
 
 
 def block_format(row_bytes: int, in_features: int) -> str | None:
@@ -216,21 +220,22 @@ def _keep(
     format: str,
     out_features: int,
     in_features: int,
-    data: Tensor,
-    scales: Tensor | None,
+    parts: Iterable[tuple[Tensor, Tensor | None]],
     bias: Tensor | None,
     allocate: Allocate | None,
 ) -> Packed:
+    """The matrix whose panels, data and scales, are `parts` one after another."""
     allocate = allocate or Arena(4096)
-
-    def stored(tensor: Tensor) -> Tensor:
-        memory = allocate(tensor.numel() * tensor.element_size())
-        memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        return memory
-
+    data, scales = (allocate(count) if count else None for count in sizes_of(format, out_features, in_features))
+    used = [0, 0]
+    for part in parts:
+        for kind, (memory, tensor) in enumerate(zip((data, scales), part, strict=True)):
+            if memory is not None and tensor is not None:
+                end = used[kind] + tensor.numel() * tensor.element_size()
+                memory[used[kind] : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+                used[kind] = end
     offset = None if bias is None else functional.pad(bias.detach().float(), (0, -out_features % PANEL))
-    kept = stored(data), None if scales is None else stored(scales)
-    return adopt(format, out_features, in_features, *kept, offset)
+    return adopt(format, out_features, in_features, allocate(0) if data is None else data, scales, offset)
 
 
 def _interleave(format: str, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,7 +271,9 @@ def fit_int4(
     """
     counted = torch.ones(rows.shape[1]) if importance is None else importance
     # A few rows at a time, because every candidate takes several times their memory.
-    parts = [_fit_int4(part.reshape(len(part), -1, GROUP), counted.view(-1, GROUP)) for part in torch.split(rows, 1024)]
+    parts = [
+        _fit_int4(part.reshape(len(part), -1, GROUP), counted.view(-1, GROUP)) for part in torch.split(rows, _ROWS)
+    ]
     return torch.cat([values.flatten(1) for values, _ in parts]), torch.cat([affine for _, affine in parts])
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from specdec_kernels.cpu import library
 from specdec_kernels.cpu.weights import (
     Affine,
+    Ends,
     Importance,
     LayerWeights,
     PackedLayer,
@@ -82,9 +83,8 @@ def build_stack(
 
     Raises `ValueError` for an architecture that `refuse_spec` refuses.
     """
-    packed = pack_model(
-        spec, layers, final_norm, embedding, head, format, head_format=head_format, importance=importance
-    )
+    ends = Ends(embedding, final_norm, head)
+    packed = pack_model(spec, layers, lambda: ends, format, head_format=head_format, importance=importance)
     return assemble(spec, packed)
 
 

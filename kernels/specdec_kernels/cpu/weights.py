@@ -80,6 +80,14 @@ class Spec(Protocol):
     def rotary(self) -> Tensor | None: ...
 
 
+class Ends(NamedTuple):
+    """What stands before and after the layers."""
+
+    embedding: Tensor
+    final_norm: Float[Tensor, " h"]
+    head: Affine
+
+
 class PackedLayer(NamedTuple):
     """One layer; norms are float32 vectors."""
 
@@ -117,15 +125,14 @@ def head_format_of(format: str) -> str:
 def pack_model(
     spec: Spec,
     layers: Iterable[LayerWeights],
-    final_norm: Float[Tensor, " h"],
-    embedding: Tensor,
-    head: Affine,
+    ends: Callable[[], Ends],
     format: str = "fp32",
     *,
     head_format: str | None = None,
     importance: Importance = lambda name: None,
 ) -> PackedModel:
-    """Pack a model; `layers` may be a generator, so that one layer at a time is in memory twice.
+    """Pack a model. `ends` is called first and what it returns dropped before the first of `layers` is asked for, so
+    with a generator only the ends or one layer are in memory twice.
 
     A weight of type uint8 is rows of GGUF blocks, which keep their own format (`packed.pack_blocks`). `head_format`:
     by default that of `head_format_of`. Where `head.weight` is `embedding` (tied), tokens are looked up in the packed
@@ -153,13 +160,16 @@ def pack_model(
             matrix(f"{name}.down", *_both(layer.down), spec.inner),
         )
 
-    made = tuple(packed_layer(index, layer) for index, layer in enumerate(layers))
-    table = None
-    if head.weight is not embedding:
-        stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(head_format, torch.float16)
-        wide = unpack(pack_blocks(embedding, spec.hidden, None)) if embedding.dtype == torch.uint8 else embedding
-        table = wide.detach().to(stored).contiguous()
-    return PackedModel(made, _vector(final_norm), table, matrix("head", *_both(head), spec.hidden, head_format))
+    def packed_ends(embedding: Tensor, final_norm: Tensor, head: Affine) -> tuple[Tensor, Tensor | None, Packed]:
+        table = None
+        if head.weight is not embedding:
+            stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(head_format, torch.float16)
+            wide = unpack(pack_blocks(embedding, spec.hidden, None)) if embedding.dtype == torch.uint8 else embedding
+            table = wide.detach().to(stored).contiguous()
+        return _vector(final_norm), table, matrix("head", *_both(head), spec.hidden, head_format)
+
+    norm, table, head = packed_ends(*ends())
+    return PackedModel(tuple(packed_layer(index, layer) for index, layer in enumerate(layers)), norm, table, head)
 
 
 def _both(part: Affine) -> tuple[Tensor, Tensor | None]:
