@@ -43,7 +43,7 @@ def _render(run: "LabRun") -> str:
     ]
     table = tabulate(rows, headers=[*head, "latency, ms"], tablefmt="github", disable_numparse=True)
     notes = "\n".join(f"- {note}" for note in run.notes)
-    return f"## {run.file.name} ({run.about})\n\n{table}\n\n{notes}"
+    return f"## {run.file} ({run.about})\n\n{table}\n\n{notes}"
 
 
 def _show(value: float | None, spec: str) -> str:

@@ -1,6 +1,7 @@
 """`specdec what-if`: what another controller, depth, drafter or policy would have done with a traced sample."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ from specdec_cli.options import SPELLING, refusals, spelled
 
 if TYPE_CHECKING:
     from specdec.trace.what_if import Estimate, Outcome
+
+
+_WIDE = 400
 
 
 @click.command(name="what-if")
@@ -99,7 +103,8 @@ def _print(found: list["Outcome"]) -> None:
             _spell(outcome.mean_accepted_length, 2),
             "" if outcome.tokens_per_s is None else _spell(outcome.tokens_per_s, 1),
         )
-    console = Console(highlight=False)
+    # A file or a pipe has no width that a column could be cut to.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     console.print(table, soft_wrap=True)
     for reason in dict.fromkeys(f"{outcome.kind}: {outcome.reason}" for outcome in found):
         console.print(reason, soft_wrap=True)

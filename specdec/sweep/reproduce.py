@@ -91,9 +91,12 @@ def _explainer(folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str
         one, other = old["completion_token_ids"], new["completion_token_ids"]
         pairs = enumerate(zip(one, other, strict=False))
         place = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-        where = f"outputs part at new token {place}, in round {round_of(place, old['accept_lengths'])}"
+        where = f"in round {round_of(place, old['accept_lengths'])}"
         if old["temperature"] > 0:
-            return f"{where}; sampled with the same seed, so a probability moved or the algorithm changed"
+            return (
+                f"{where}, outputs part at new token {place}; sampled with the same seed, so a probability moved "
+                "or the algorithm changed"
+            )
         from specdec.divergence import first_divergence
         from specdec.sampling import Sampling
 
@@ -101,7 +104,7 @@ def _explainer(folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str
         sampling = Sampling(repetition_penalty=config["repetition_penalty"])
         given = read_contexts(folder)[old["context"]].prompt_token_ids
         found = first_divergence(model, given, one, other, sampling)
-        return f"{where}; {found}" if found is not None else f"only the stop reason differs: {old['stop_reason']}"
+        return f"{where}, {found}" if found is not None else f"only the stop reason differs: {old['stop_reason']}"
 
     return explain
 

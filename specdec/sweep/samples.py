@@ -121,17 +121,31 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Several runs to be shown side by side, their cells labelled with the run; refuses synthetic among real ones."""
-    runs = [read_run(folder) for folder in folders]
+    """Several runs to be shown side by side, their cells labelled with the run; refuses synthetic among real ones, and
+    one folder given twice. Folders of the same name are called by as much of their paths as tells them apart."""
+    places = [folder.resolve() for folder in folders]
+    if len(set(places)) < len(places):
+        raise ValueError("a run is given twice; name each folder once")
+    runs = [read_run(folder)._replace(name=name) for folder, name in zip(folders, _tell_apart(places), strict=True)]
     if len({run.synthetic for run in runs}) > 1:
         names = ", ".join(run.name for run in runs if run.synthetic)
         raise ValueError(f"{names} is synthetic (a dry run) and is never shown among real runs; report it alone")
     if len(runs) == 1:
         return runs
     return [
-        run._replace(cells=tuple(cell._replace(label=f"{run.name}: {cell.label}") for cell in run.cells))
+        run._replace(cells=tuple(cell._replace(run=run.name, label=f"{run.name}: {cell.label}") for cell in run.cells))
         for run in runs
     ]
+
+
+def _tell_apart(places: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths of run folders that differ, all with as many parts."""
+    folders = [place.parent if place.is_file() else place for place in places]
+    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 @contextmanager

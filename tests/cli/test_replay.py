@@ -63,6 +63,7 @@ def test_what_if_tells_what_decode_then_does(tmp_path: Path) -> None:
         assert outcome["kind"] == "exact"
         assert outcome["rounds"]["value"] == real["metrics"]["rounds"]  # type: ignore[index]
     shown = invoke("what-if", str(file), "--controller", "aimd", "--drafter", "suffix")
+    assert "…" not in shown.stdout
     assert shown.exit_code == 0, shown.stderr
     assert "exact" in shown.stdout
     assert "predicted" in shown.stdout

@@ -37,6 +37,16 @@ def write_json(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(stored))
 
 
+def test_our_own_summaries_are_no_results_of_the_lab(tmp_path: Path) -> None:
+    write_json(tmp_path)
+    (tmp_path / "summary.csv").write_text("k,tokens_per_sec_mean,cell\n1,2.0,suffix k=1\n")
+    stored = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps({**stored, "metric_definitions": {}}))
+    assert [run.file.name for run in read_lab(tmp_path)] == ["run.json"]
+    shown = CliRunner().invoke(cli, ["import-lab", str(tmp_path)])
+    assert f"## {tmp_path / 'run.json'} (" in shown.stdout
+
+
 def test_rows_correct_the_stated_figures(tmp_path: Path) -> None:
     write_json(tmp_path)
     (run,) = read_lab(tmp_path)
@@ -73,6 +83,6 @@ def test_the_command_prints_table_and_corrections(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[]")
     result = CliRunner().invoke(cli, ["import-lab", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "## run.json (mps · float16)" in result.stdout
+    assert f"## {tmp_path / 'run.json'} (mps · float16)" in result.stdout
     assert "53.8%" in result.stdout
     assert "- not recorded: model names" in result.stdout

@@ -146,6 +146,23 @@ def test_runs_stand_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "both" / "report.html").exists()
 
 
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(folder: Path, tmp_path: Path) -> None:
+    for place in ("x", "y"):
+        shutil.copytree(folder, tmp_path / place / "run")
+    files = (tmp_path / "x" / "run", tmp_path / "y" / "run")
+    result = invoke("report", *files, "--no-files", "--csv", tmp_path / "r.csv")
+    assert result.exit_code == 0, result.output
+    assert "| x/run: suffix k=1" in result.stdout
+    assert "| y/run: suffix k=1" in result.stdout
+    projected = invoke("report", *files, "--no-files", "--metrics", "vllm").stdout
+    assert projected.count("run: suffix k=1") == 2
+    with (tmp_path / "r.csv").open(newline="") as file:
+        assert {line["run"] for line in csv.DictReader(file)} == {"x/run", "y/run"}
+    twice = invoke("report", folder, folder / ".." / folder.name, "--no-files")
+    assert twice.exit_code == 2
+    assert "given twice" in twice.stderr
+
+
 def test_synthetic_rows_are_never_shown_among_real_ones(folder: Path, tmp_path: Path) -> None:
     rows = [{**row, "synthetic": False} for row in read_rows(folder / ROWS)]
     (tmp_path / "real").mkdir()
@@ -244,7 +261,8 @@ def test_reproducing_says_where_tokens_differ(folder: Path, tmp_path: Path) -> N
     assert result.exit_code == 1
     assert "14 of 15 samples have identical tokens" in result.stdout
     assert result.stdout.count("DIFFERENT") == 1
-    assert "outputs part at new token 3, in round" in result.stdout
+    assert result.stdout.count("outputs part at new token 3 ") == 1
+    assert "in round " in result.stdout
     assert "a bug" in result.stdout
 
 
