@@ -221,15 +221,22 @@ def pieces(
 
     Returns for each piece of each of `rows` origins: the origin, a point inside, and the volume.
     """
+    origin, low, high = boxes(outcome, rows=rows, width=width)
+    return origin, (low + high) / 2, (high - low).prod(1)
+
+
+def boxes(
+    outcome: Callable[[Tensor, Tensor], Tensor], *, rows: int, width: int
+) -> tuple[Int[Tensor, " c"], Float[Tensor, "c m"], Float[Tensor, "c m"]]:
+    """The same pieces by their least and largest coordinates."""
     origin = torch.arange(rows)
-    point = torch.full((rows, width), 0.5, dtype=torch.float64)
-    volume = torch.ones(rows, dtype=torch.float64)
+    low = torch.zeros((rows, width), dtype=torch.float64)
+    high = torch.ones_like(low)
     for axis in range(width):
-        cell, low, high = _split(outcome, origin, point, axis)
-        origin, volume = origin[cell], volume[cell] * (high - low)
-        point = point[cell].clone()
-        point[:, axis] = (low + high) / 2
-    return origin, point, volume
+        cell, below, above = _split(outcome, origin, (low + high) / 2, axis)
+        origin, low, high = origin[cell], low[cell], high[cell]
+        low[:, axis], high[:, axis] = below, above
+    return origin, low, high
 
 
 def _split(

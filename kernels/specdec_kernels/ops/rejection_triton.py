@@ -103,7 +103,8 @@ def _walk(
     if drafts:
         drawn = tl.where(alive, tl.load(sampled + own, mask=exists, other=0).to(tl.int32), 0)
         place = draft + row * draft_b + above.to(tl.int64) * draft_n + drafted
-        q = tl.load(place, mask=alive & (drawn > 0), other=0.0).to(kind).to(tl.float64)
+        # Of points as well: what their siblings were drawn from takes its mass from their tokens, too.
+        q = tl.load(place, mask=alive, other=0.0).to(kind).to(tl.float64)
 
     node = tl.program_id(0) * 0
     stop, depth = node, node
@@ -166,7 +167,6 @@ def _walk(
             if not replacement:
                 unstruck = tl.where(struck > 0, 0.0, q) / tl.where(draft_mass > 0, draft_mass, 1.0)
                 law_left = tl.where(draft_mass > 0, unstruck, q)
-            # A sibling that is a point has no q of its own here: it takes the law's mass of its token.
             minus = tl.where(from_law, law_left, minus)
         rest = tl.maximum(p - minus, 0.0) / tl.where(divides, mass, 1.0)
         siblings = (parent == node) & (index > child)
