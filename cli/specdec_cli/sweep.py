@@ -62,7 +62,11 @@ def axes(command: F) -> F:
 @click.option("--adapter", type=click.Choice(ADAPTERS), help="What runs the model.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run code that comes with the model.")
 @click.option("--deterministic", is_flag=True, help="Same rows in every process; SPECDEC_DETERMINISTIC.")
-@click.option("--detailed-metrics", is_flag=True, help="Record every round's times; SPECDEC_DETAILED_METRICS.")
+@click.option(
+    "--detailed-metrics",
+    is_flag=True,
+    help="Every round's times, histograms, seconds by operation; SPECDEC_DETAILED_METRICS.",
+)
 @click.option("--profile", is_flag=True, help="Write profile.json; SPECDEC_PROFILE.")
 @click.option("--trace", is_flag=True, help="Write what every round decided to traces/, for specdec replay.")
 @click.option("--trace-limit", type=int, help="Rounds kept of a sample.  [default: 10000]")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from specdec.sweep.bench import Bench
 
 MANIFEST, ENVIRONMENT, CONFIG, PROMPTS = "MANIFEST.json", "environment.txt", "config.yaml", "prompts.jsonl"
+# From the top of the repository.
+_CODE = (":/specdec", ":/kernels", ":/cli", ":/pyproject.toml")
 _PACKAGES = ("specdec-lab", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pydantic")
 
 
@@ -127,18 +129,18 @@ def changed_code(stored: Manifest, now: Manifest) -> dict[str, Any] | None:
     return None if same else {"at": now.export_created_at, **after}
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; `None` where specdec is not run from its repository."""
+def git_state(here: Path = Path(__file__).parent) -> dict[str, Any] | None:
+    """Commit, and whether the code differs from it; `None` where specdec is not run from its repository. A run folder
+    inside the repository makes nothing dirty."""
 
     def git(*arguments: str) -> str:
-        here = Path(__file__).parent
         done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
         if not git("ls-files", "__init__.py") and git("rev-parse", "--show-prefix") != "specdec/sweep/":
             return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *_CODE))}
     except (OSError, subprocess.CalledProcessError):
         return None
 

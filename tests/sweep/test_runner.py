@@ -26,7 +26,7 @@ from specdec.sweep.contexts import read_contexts
 from specdec.sweep.finish import finish_folder
 from specdec.sweep.grid import expand
 from specdec.sweep.journal import ROWS, read_rows
-from specdec.sweep.manifest import Manifest, read_manifest, schema_text
+from specdec.sweep.manifest import Manifest, git_state, read_manifest, schema_text
 from specdec.sweep.row import TIMING_FIELDS, Row, without_timing
 from specdec.sweep.runner import run_sweep
 
@@ -318,6 +318,29 @@ def test_detailed_metrics_are_histograms_of_all_rounds_and_profiled_operations(
     before = (tmp_path / "run" / "operations.json").read_bytes()
     run_sweep(make_config(detailed_metrics=True, drafter="model", batch_size=2), tmp_path / "run")
     assert (tmp_path / "run" / "operations.json").read_bytes() == before
+
+
+def test_only_changed_code_is_noted_beside_the_commit(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        name = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *name, *arguments], check=True, capture_output=True)
+
+    code = tmp_path / "specdec" / "sweep"
+    code.mkdir(parents=True)
+    for file in (code / "__init__.py", tmp_path / "cli" / "a.py", tmp_path / "kernels" / "a.py"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("")
+    (tmp_path / "pyproject.toml").write_text("")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "first")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "rows.jsonl").write_text("{}")
+    found = git_state(code)
+    assert found is not None
+    assert found["dirty"] is False
+    (code / "new.py").write_text("")
+    assert git_state(code) == {**found, "dirty": True}
 
 
 def test_timing_fields_are_fields_of_rows() -> None:
