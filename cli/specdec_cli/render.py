@@ -101,8 +101,10 @@ def print_report(report: Mapping[str, Any], tokenizer: Any) -> None:
     console = Console(stderr=True, highlight=False)
     console.print()
     console.print(table)
+    weights = report["implementations"].get("weights", "fp32")
+    kept = "" if weights == "fp32" else f" over {weights} weights"
     setup = (
-        f"{report['model']} · {report['adapter']} · {report['dtype']} on {report['device']} · "
+        f"{report['model']} · {report['adapter']} · {report['dtype']}{kept} on {report['device']} · "
         f"drafter {report['drafter']} · policy {report['policy']} · controller {report['controller']} · "
         f"{_ENDINGS[report['stop_reason']]}"
     )

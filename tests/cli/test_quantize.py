@@ -53,6 +53,8 @@ def test_a_quantized_folder_is_written_listed_and_decoded(make_folder, tmp_path,
     found = json.loads(run(cli, ["decode", "--model", folder, *options]).stdout)
     assert found["implementations"] == {"stack": "cpu", "weights": "int4"}
     assert found["baseline"]["identical"]
+    shown = run(cli, ["decode", "--model", folder, "hello", "--max-new-tokens", "4", "--device", "cpu"]).stderr
+    assert "float32 over int4 weights on cpu" in shown
     rounded = json.loads(run(cli, ["decode", "--model", str(source), "--quantize", "int4", *options]).stdout)
     assert found["token_ids"] == rounded["token_ids"]
     assert f"quantized to int4 from {source}" in run(cli, ["models", "list"]).stdout
