@@ -4,12 +4,17 @@ Perplexity, mean KL divergence from float32 and how often both would choose the 
 every Python: its language reference, every second topic in alphabetical order (calibration uses the others). Windows
 of 512 tokens, the first token of each given. Rows are appended format by format; a second run adds what is missing.
 
+The built-in model was dequantized from four bits, so four bits hold it without loss. `rescaled` is the same function in
+weights that lie on no grid: every input channel of a matrix of the layers is multiplied by a random factor between
+2^-1/2 and 2^1/2, and the norm weights, or the rows of the matrix before, are divided by it.
+
 python benchmarks/quality.py --out docs/results/quality.jsonl
 python benchmarks/quality.py --out docs/results/quality.jsonl --report docs/performance.md
 """
 
 import hashlib
 import pydoc_data.topics as python_docs
+import shutil
 import statistics
 import tempfile
 import time
@@ -19,14 +24,18 @@ from typing import Any
 import click
 import torch
 from common import Rows, origin, read_rows, replace_section
+from load_worker import CONTEXT, measure
 from torch import Tensor
 
-from specdec.models.loading import Loaded, load
+from specdec.models.loading import QUANTIZED, Loaded, load
 from specdec.models.quantize import quantize
 from specdec.models.source import PACKED
+from specdec.models.store import MARKER
+from specdec.models.weights import Weights, write_tensors
 
 MODEL = "smollm2-135m"
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int4 calibrated")
+WEIGHTS = ("built-in", "rescaled")
 WINDOW = 512
 
 
@@ -46,17 +55,53 @@ def log_probs(loaded: Loaded, window: Tensor) -> Tensor:
     return logits[0, :-1].log_softmax(-1)
 
 
-def compare(loaded: Loaded, reference: Loaded, windows: tuple[Tensor, ...]) -> dict[str, float]:
+def compare(loaded: Loaded, references: list[Tensor], windows: tuple[Tensor, ...]) -> dict[str, float]:
     """Perplexity, mean KL(float32 || format) and share of positions with the same best token."""
     surprise, divergence, same, count = 0.0, 0.0, 0, 0
-    for window in windows:
-        p, q = log_probs(reference, window), log_probs(loaded, window)
+    for window, p in zip(windows, references, strict=True):
+        q = log_probs(loaded, window)
         surprise -= float(q.gather(1, window[1:, None]).double().sum())
         divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         count += len(p)
     mean = torch.tensor(surprise / count).exp()
     return {"perplexity": float(mean), "kl": divergence / count, "same_top": same / count, "positions": count}
+
+
+def rescale(loaded: Loaded, folder: Path) -> Path:
+    """The checkpoint of `loaded` with rescaled channels, as a folder; see the top of this file."""
+    model, weights = loaded.model, {name: tensor.clone() for name, tensor in Weights(loaded.path).items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(count: int) -> Tensor:
+        return 2 ** (torch.rand(count, generator=generator) - 0.5)
+
+    for index in range(model.num_layers):
+        layer = f"model.layers.{index}"
+        block = {name.removeprefix(f"{layer}."): part for name, part in weights.items() if name.startswith(f"{layer}.")}
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            scale = factors(len(block[f"{norm}.weight"]))
+            block[f"{norm}.weight"] /= scale
+            for reader in readers:
+                block[f"{reader}.weight"] *= scale
+        value, out = block["self_attn.v_proj.weight"], block["self_attn.o_proj.weight"]
+        scale = factors(len(value))
+        value /= scale[:, None]
+        # Every key-value head serves several heads of queries in a row.
+        _, _, _, kv_heads, size = model.init_cache(1, 1).store.slots[0].shape
+        out *= scale.view(kv_heads, size).repeat_interleave(out.shape[1] // len(value), 0).flatten()
+        scale = factors(len(block["mlp.up_proj.weight"]))
+        block["mlp.up_proj.weight"] /= scale[:, None]
+        block["mlp.down_proj.weight"] *= scale
+    folder.mkdir()
+    for path in loaded.path.iterdir():
+        if path.suffix in (".json", ".jinja") and path.name != MARKER:
+            shutil.copyfile(path, folder / path.name)
+    write_tensors(folder / "model.safetensors", weights, {})
+    return folder
 
 
 def forward_ms(loaded: Loaded, nodes: int, repeats: int, context: int = 128) -> float:
@@ -75,18 +120,12 @@ def forward_ms(loaded: Loaded, nodes: int, repeats: int, context: int = 128) -> 
     return statistics.median(times)
 
 
-def load_format(name: str, folder: Path) -> tuple[Loaded, int, float]:
-    """The model in a format, the bytes of its file and the seconds it took to load."""
+def prepare(source: str, name: str, folder: Path) -> str:
+    """What `load` takes for a model in a format: the model itself in float32, else a folder that is made of it."""
     format, _, calibrated = name.partition(" ")
     if format == "fp32":
-        begin = time.perf_counter()
-        loaded = load(MODEL, device="cpu")
-        file = loaded.path / "model.safetensors"
-    else:
-        path = quantize(MODEL, format, folder / name.replace(" ", "-"), calibrate=bool(calibrated))
-        begin = time.perf_counter()
-        loaded, file = load(str(path), device="cpu"), path / PACKED
-    return loaded, file.stat().st_size, time.perf_counter() - begin
+        return source
+    return str(quantize(source, format, folder / name.replace(" ", "-"), calibrate=bool(calibrated)))
 
 
 @click.command()
@@ -103,38 +142,64 @@ def main(out: Path, tokens: int, repeats: int, threads: int, only: tuple[str, ..
     torch.set_num_threads(threads)
     reference = load(MODEL, device="cpu")
     windows = windows_of(reference.tokenizer, tokens)
+    references = [log_probs(reference, window) for window in windows]
     digest = hashlib.sha256(torch.cat(windows).numpy().tobytes()).hexdigest()
     rows = Rows(out, model=MODEL, tokens=tokens, window=WINDOW, tokens_sha256=digest, repeats=repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in only or FORMATS:
-            if rows.has(format=name):
-                continue
-            loaded, size, seconds = load_format(name, Path(folder))
-            quality = compare(loaded, reference, windows)
-            times = {f"ms_{nodes}": forward_ms(loaded, nodes, repeats) for nodes in (1, 8)}
-            rows.add(format=name, file_bytes=size, load_s=seconds, **quality, **times)
-            click.echo(f"{name}: {rows.rows[-1]}", err=True)
-            del loaded
+    with tempfile.TemporaryDirectory() as scratch:
+        for weights in WEIGHTS:
+            folder = Path(scratch) / weights
+            folder.mkdir()
+            wanted = [name for name in only or FORMATS if not rows.has(weights=weights, format=name)]
+            source = MODEL if weights == "built-in" or not wanted else str(rescale(reference, folder / MODEL))
+            for name in wanted:
+                place = prepare(source, name, folder)
+                loaded = load(place, device="cpu")
+                stored = loaded.path / (PACKED if (loaded.path / PACKED).is_file() else "model.safetensors")
+                row = compare(loaded, references, windows) | {"file_bytes": stored.stat().st_size}
+                row |= {f"ms_{nodes}": forward_ms(loaded, nodes, repeats) for nodes in (1, 8)}
+                del loaded
+                if weights == "built-in":
+                    row |= measure(place)
+                    if name in QUANTIZED:
+                        row["whole_peak_ratio"] = measure(MODEL, name)["peak_ratio"]
+                rows.add(weights=weights, format=name, **row)
+                click.echo(f"{weights} {name}: {rows.rows[-1]}", err=True)
     click.echo(section(rows.about, rows.rows))
 
 
 def section(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     settings = about["settings"]
+    heads = "weights|format|perplexity|against fp32|mean KL|same best token|tok/s|t(8) / t(1)"
+    heads += "|file, MB|load, s|peak, MB|peak ratio|with --quantize"
     lines = [
         f"{settings['model']}, {settings['tokens']} tokens of Python's language reference in windows of "
-        f"{settings['window']} (SHA-256 of the tokens {settings['tokens_sha256'][:12]}). {origin(about)}",
+        f"{settings['window']} (SHA-256 of the tokens {settings['tokens_sha256'][:12]}). Peak: by how much the "
+        "resident size of a new process exceeds that of one without a model; peak ratio: the same over packed "
+        f"weights and a cache of {CONTEXT} tokens; last, the ratio where the float32 model is loaded with "
+        f"`--quantize`. {origin(about)}",
         "",
-        "| format | perplexity | against fp32 | mean KL | same best token | file, MB | load, s | tok/s | t(8) / t(1) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads.split('|'))} |",
+        "|---" * len(heads.split("|")) + "|",
     ]
     exact = next((row["perplexity"] for row in rows if row["format"] == "fp32"), None)
     for row in rows:
         against = "" if exact is None else f"{100 * (row['perplexity'] / exact - 1):+.2f} %"
-        lines.append(
-            f"| {row['format']} | {row['perplexity']:.3f} | {against} | {row['kl']:.2g} "
-            f"| {100 * row['same_top']:.1f} % | {row['file_bytes'] / 1e6:.0f} | {row['load_s']:.1f} "
-            f"| {1e3 / row['ms_1']:.0f} | {row['ms_8'] / row['ms_1']:.2f} |"
-        )
+        cells = [
+            row["weights"],
+            row["format"],
+            f"{row['perplexity']:.3f}",
+            against,
+            f"{row['kl']:.2g}",
+            f"{100 * row['same_top']:.1f} %",
+            f"{1e3 / row['ms_1']:.0f}",
+            f"{row['ms_8'] / row['ms_1']:.2f}",
+            f"{row['file_bytes'] / 1e6:.0f}",
+            f"{row['load_s']:.2f}" if "load_s" in row else "",
+            f"{row['peak_mib'] * 2**20 / 1e6:.0f}" if "peak_mib" in row else "",
+            f"{row['peak_ratio']:.2f}" if "peak_ratio" in row else "",
+            f"{row['whole_peak_ratio']:.2f}" if "whole_peak_ratio" in row else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
