@@ -1,7 +1,5 @@
 """Counters form a monoid, and rates are projections of them."""
 
-import dataclasses
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,9 +27,7 @@ def metrics(draw, rows=2):
 
 
 def same(first, second):
-    return all(
-        torch.equal(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(first)
-    )
+    return first.max_depth == second.max_depth and torch.equal(first.counts, second.counts)
 
 
 @given(metrics(), metrics(), metrics())

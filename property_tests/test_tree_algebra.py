@@ -96,5 +96,5 @@ def test_chain_and_root_only_are_well_formed(rows, m, data):
     count = torch.tensor(data.draw(st.lists(st.integers(0, m), min_size=rows, max_size=rows)))
     proposal = tree.chain(root, drafts, count)
     check_proposal(proposal)
-    assert torch.equal(tree.tree_depth(proposal), count)
-    assert torch.equal(tree.tree_depth(tree.root_only(root)), torch.zeros_like(count))
+    assert torch.equal(proposal.shape.deepest, count)
+    assert torch.equal(tree.root_only(root).shape.deepest, torch.zeros_like(count))

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec import tree
 from specdec.registry import (
     build_controller,
     build_drafter,
@@ -60,7 +59,7 @@ def decode(prompts, drafter, policy, controller, temperature, *, seed=0, model_s
             now, accepted = progress.state.length.tolist(), progress.info.verdict.num_accepted.tolist()
             for row, ran in enumerate(progress.info.running.tolist()):
                 if ran:
-                    depth = int(tree.tree_depth(progress.info.proposal)[row])
+                    depth = int(progress.info.proposal.shape.deepest[row])
                     count = now[row] - before[row]
                     rows[row].append((count, depth, min(accepted[row], count)))
             before = now

@@ -2,7 +2,6 @@
 
 import torch
 
-from specdec import tree
 from specdec.types import Proposal, Verdict
 
 
@@ -45,7 +44,7 @@ def check_verdict(proposal: Proposal, verdict: Verdict) -> None:
     prob = verdict.accept_prob
     _refuse("an acceptance probability is outside [0, 1]", ~((prob >= 0) & (prob <= 1)))
     if not proposal.chain:
-        _refuse("the path is deeper than the tree", count > tree.tree_depth(proposal))
+        _refuse("the path is deeper than the tree", count > proposal.shape.deepest)
 
 
 def _refuse(rule: str, broken: torch.Tensor) -> None:

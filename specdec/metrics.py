@@ -13,25 +13,45 @@ from torch import Tensor
 
 from specdec.rates import rates
 from specdec.records import record
+from specdec_kernels.dispatch import resolve
+from specdec_kernels.ops.commit import DRAFT_FORWARDS, DRAFTED, EMITTED, HISTOGRAM, TARGET_FORWARDS
 
 
 @record
 class Metrics:
-    """Counters by row. `drafted`: tokens submitted (all nodes of a tree but the root), `emitted`: tokens committed,
-    `target_forwards`: rounds and prefills, `draft_forwards`: forwards of a draft model, `hist`: see the module."""
+    """Counters of each row in one array, so that a round adds to them once: `counts [b, 4 + (max_depth + 1) ** 2]`.
 
-    hist: Int[Tensor, "b k k"]
-    drafted: Int[Tensor, " b"]
-    emitted: Int[Tensor, " b"]
-    target_forwards: Int[Tensor, " b"]
-    draft_forwards: Int[Tensor, " b"]
+    `drafted`: tokens submitted (all nodes of a tree but the root), `emitted`: tokens committed, `target_forwards`:
+    rounds and prefills, `draft_forwards`: forwards of a draft model, `hist`: see the module.
+    """
+
+    counts: Int[Tensor, "b c"]
+    max_depth: int
+
+    @property
+    def drafted(self) -> Int[Tensor, " b"]:
+        return self.counts[:, DRAFTED]
+
+    @property
+    def emitted(self) -> Int[Tensor, " b"]:
+        return self.counts[:, EMITTED]
+
+    @property
+    def target_forwards(self) -> Int[Tensor, " b"]:
+        return self.counts[:, TARGET_FORWARDS]
+
+    @property
+    def draft_forwards(self) -> Int[Tensor, " b"]:
+        return self.counts[:, DRAFT_FORWARDS]
+
+    @property
+    def hist(self) -> Int[Tensor, "b k k"]:
+        return self.counts[:, HISTOGRAM:].view(-1, self.max_depth + 1, self.max_depth + 1)
 
 
 def zero(rows: int, max_depth: int, device: torch.device | str = "cpu") -> Metrics:
     """Counters at zero, for drafts up to `max_depth` deep."""
-    count = torch.zeros(rows, dtype=torch.int64, device=device)
-    hist = torch.zeros(rows, max_depth + 1, max_depth + 1, dtype=torch.int64, device=device)
-    return Metrics(hist, count, count, count, count)
+    return Metrics(torch.zeros(rows, HISTOGRAM + (max_depth + 1) ** 2, dtype=torch.int64, device=device), max_depth)
 
 
 def observe(
@@ -45,32 +65,29 @@ def observe(
     draft_forwards: int,
 ) -> Metrics:
     """Count one round of the rows that are `running`; `depth` is that of the drafted tree, `accepted` of the path."""
-    size = metrics.hist.shape[1]
-    index = (depth * size + accepted)[:, None]
-    return Metrics(
-        hist=metrics.hist.flatten(1).scatter_add(1, index, running.long()[:, None]).view_as(metrics.hist),
-        drafted=metrics.drafted + drafted * running,
-        emitted=metrics.emitted + emitted,
-        target_forwards=metrics.target_forwards + running,
-        draft_forwards=metrics.draft_forwards + draft_forwards * running if draft_forwards else metrics.draft_forwards,
-    )
+    count = resolve("count_round", metrics.counts.device, metrics.counts.dtype)
+    options = {"draft_forwards": draft_forwards, "max_depth": metrics.max_depth}
+    return Metrics(count(metrics.counts, depth, accepted, drafted, emitted, running, **options), metrics.max_depth)
+
+
+def add(metrics: Metrics, *, emitted: Int[Tensor, " b"] | int = 0, target_forwards: int = 0) -> Metrics:
+    """The counters with these numbers on top."""
+    counts = metrics.counts.clone()
+    counts[:, EMITTED] += emitted
+    counts[:, TARGET_FORWARDS] += target_forwards
+    return Metrics(counts, metrics.max_depth)
 
 
 def merge(first: Metrics, second: Metrics) -> Metrics:
     """The counters of both runs, row by row; the histogram grows to the deeper of the two."""
-    size = max(first.hist.shape[1], second.hist.shape[1])
+    depth = max(first.max_depth, second.max_depth)
+    return Metrics(_grown(first, depth) + _grown(second, depth), depth)
 
-    def grown(hist: Tensor) -> Tensor:
-        missing = size - hist.shape[1]
-        return torch.nn.functional.pad(hist, (0, missing, 0, missing))
 
-    return Metrics(
-        hist=grown(first.hist) + grown(second.hist),
-        drafted=first.drafted + second.drafted,
-        emitted=first.emitted + second.emitted,
-        target_forwards=first.target_forwards + second.target_forwards,
-        draft_forwards=first.draft_forwards + second.draft_forwards,
-    )
+def _grown(metrics: Metrics, depth: int) -> Int[Tensor, "b c"]:
+    missing = depth - metrics.max_depth
+    hist = torch.nn.functional.pad(metrics.hist, (0, missing, 0, missing))
+    return torch.cat((metrics.counts[:, :HISTOGRAM], hist.flatten(1)), 1)
 
 
 def summarize(metrics: Metrics, rows: Sequence[int] | None = None) -> dict[str, Any]:

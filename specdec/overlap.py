@@ -19,9 +19,9 @@ from specdec.cache import KVCache
 from specdec.graphs import graphed_parts
 from specdec.records import Memo, fields_of, is_record, record, register
 from specdec.sampling import Sampling
-from specdec.state import append_tokens
 from specdec.transforms import Parts
 from specdec.types import DecodeState, Drafter, Plan, Proposal, StepInfo, Verdict
+from specdec_kernels.ops.commit import append_tokens
 from specdec_kernels.streams import Lane
 
 _GREEDY = Sampling()

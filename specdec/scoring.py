@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from specdec import tree
 from specdec.cache import KVCache
 from specdec.sampling import Sampling, penalize, seen_tokens
 from specdec.types import Model, Proposal, Target
@@ -25,10 +24,12 @@ def score(
     The repetition penalty, which depends on each node's own prefix, is applied here; temperature and truncation are
     left to the policies, which ask for probabilities only where they need them.
     """
-    visible = None if proposal.chain else proposal.visible
-    depth = None if visible is None else tree.depths(visible)
+    visible = proposal.shape.visible
+    depth = None if visible is None else proposal.shape.depth
     logits, hidden, cache = model.forward(cache, proposal.tokens, depth, visible, logits=True, features=features)
     assert logits is not None
+    # A model that was called with gradients on: no verdict passes them back.
+    logits = logits.detach() if logits.requires_grad else logits
     if sampling.repetition_penalty != 1:
         if visible is None:
             n = proposal.tokens.shape[1]

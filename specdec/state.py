@@ -12,20 +12,14 @@ from torch import Tensor
 
 from specdec import cache as kv
 from specdec import metrics as counters
-from specdec import tree
-from specdec.arrays import iota
 from specdec.cache import KVCache, SlotStore
 from specdec.records import Memo, fields_of, is_record, map_rows, record_name, record_type
 from specdec.rng import Key, seeded
 from specdec.types import (
-    STOPPED_EOS,
-    STOPPED_LENGTH,
     Controller,
     DecodeState,
     Drafter,
     Model,
-    Proposal,
-    Verdict,
 )
 
 D = TypeVar("D")
@@ -33,6 +27,9 @@ C = TypeVar("C")
 
 # Long prompts are prefilled in windows of this many tokens, which bounds the attention mask to window x context.
 PREFILL_WINDOW = 512
+
+# Of saved states; raised when what a record holds changes.
+_FORMAT = 2
 
 
 def init_state(
@@ -74,7 +71,7 @@ def init_state(
         cache=cache,
         drafter=drafter.init(tokens, length, capacity),
         controller=controller.init(rows, device),
-        metrics=dataclasses.replace(metrics, target_forwards=metrics.target_forwards + prefills),
+        metrics=counters.add(metrics, target_forwards=prefills),
         features=last_features,
     )
 
@@ -100,50 +97,6 @@ def prefill(
     return kv.truncate(cache, length), last
 
 
-def stop_rule(
-    emitted: Int[Tensor, "b n"],
-    count: Int[Tensor, " b"],
-    length: Int[Tensor, " b"],
-    limit: Int[Tensor, " b"],
-    eos_ids: tuple[int, ...],
-) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """How many of the `count` verified tokens of a row are committed, and the row's `finish` after them.
-
-    Applied after acceptance, to committed tokens only: the first EOS is kept and ends the row, nothing follows it,
-    and the total never passes `limit`.
-    """
-    room = limit - length
-    # RUNNING is 0. Products of masks and numbers, because `where` makes a tensor of every number it is given.
-    finish = (count >= room) * STOPPED_LENGTH
-    count = torch.minimum(count, room)
-    if eos_ids:
-        is_eos = emitted == eos_ids[0]
-        for token in eos_ids[1:]:
-            is_eos |= emitted == token
-        n = emitted.shape[1]
-        first = iota(n, emitted.device).masked_fill(~is_eos, n).amin(1) if n > 1 else 1 - is_eos[:, 0].long()
-        ended = first < count
-        count = torch.minimum(count, first + 1)
-        finish = finish.masked_fill(ended, STOPPED_EOS)
-    return count, finish
-
-
-def verified_tokens(proposal: Proposal, verdict: Verdict) -> Int[Tensor, "b n"]:
-    """The accepted tokens followed by the next token, then -1; a path in an n-node tree never fills n places."""
-    if proposal.tokens.shape[1] == 1:
-        return verdict.next_token[:, None]
-    path = tree.path_tokens(proposal, verdict.path)
-    return path.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
-
-
-def append_tokens(
-    tokens: Int[Tensor, "b t"], length: Int[Tensor, " b"], emitted: Int[Tensor, "b n"]
-) -> Int[Tensor, "b t"]:
-    """`tokens` with `emitted` written behind `length` where it is not -1; the buffer must have room for all."""
-    place = length[:, None] + iota(emitted.shape[1], emitted.device)
-    return tokens.scatter(1, place, torch.where(emitted >= 0, emitted, tokens.gather(1, place)))
-
-
 def truncate_state(state: DecodeState[D, C], length: Int[Tensor, " b"], finish: int) -> DecodeState[D, C]:
     """Forget tokens past `length` in every row and finish the rows that were cut; consumes the state's cache.
 
@@ -156,7 +109,7 @@ def truncate_state(state: DecodeState[D, C], length: Int[Tensor, " b"], finish: 
         length=length,
         finish=torch.where(cut, finish, state.finish),
         cache=kv.truncate(state.cache, length - 1),
-        metrics=dataclasses.replace(state.metrics, emitted=state.metrics.emitted - (state.length - length)),
+        metrics=counters.add(state.metrics, emitted=length - state.length),
     )
 
 
@@ -212,7 +165,7 @@ def save_state(state: DecodeState[Any, Any], folder: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     layout = _pack(state, "state", tensors)
     save_file(tensors, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps({"format": 1, "state": layout}))
+    (folder / "state.json").write_text(json.dumps({"format": _FORMAT, "state": layout}))
 
 
 def load_state(folder: str | Path, *, device: torch.device | str = "cpu") -> DecodeState[Any, Any]:
@@ -223,8 +176,10 @@ def load_state(folder: str | Path, *, device: torch.device | str = "cpu") -> Dec
     if not (folder / "state.json").is_file() or not (folder / "state.safetensors").is_file():
         raise ValueError(f"{folder} holds no saved state (state.json and state.safetensors)")
     description = json.loads((folder / "state.json").read_text())
-    if description.get("format") != 1:
-        raise ValueError(f"{folder} was saved in format {description.get('format')}, this version reads format 1")
+    if description.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder} was saved in format {description.get('format')}, this version reads format {_FORMAT}"
+        )
     state = _unpack(description["state"], load_file(folder / "state.safetensors", device=str(device)))
     if not isinstance(state, DecodeState):
         raise ValueError(f"{folder} holds a {type(state).__name__}, not a decode state")

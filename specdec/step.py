@@ -14,7 +14,7 @@ from specdec.arrays import iota
 from specdec.cache import KVCache
 from specdec.sampling import Sampling
 from specdec.scoring import score
-from specdec.state import append_tokens, init_state, stop_rule, verified_tokens
+from specdec.state import init_state
 from specdec.types import (
     FAILED,
     RUNNING,
@@ -23,11 +23,10 @@ from specdec.types import (
     Drafter,
     Model,
     Policy,
-    Proposal,
     Step,
     StepInfo,
-    Verdict,
 )
+from specdec_kernels.dispatch import resolve
 
 D = TypeVar("D")
 C = TypeVar("C")
@@ -51,7 +50,7 @@ def build_step(
     sampling = sampling or Sampling()
     ends = tuple(eos_ids)
     check_parts(model, drafter, policy, sampling)
-    commit = keep or kv.keep
+    keep_slots = keep or kv.keep
 
     def step(state: DecodeState[Any, Any]) -> tuple[DecodeState[Any, Any], StepInfo]:
         running = state.finish == RUNNING
@@ -68,40 +67,45 @@ def build_step(
             sampling=sampling,
             features=drafter.features,
         )
-        depth = tree.node_depths(proposal)
-        draws = policy.draw(state.key, state.round, depth, state.length, model.vocab_size)
+        draws = policy.draw(state.key, state.round, proposal.shape.depth, state.length, model.vocab_size)
         verdict = policy.verify(proposal, target, draws, sampling)
 
-        tokens = verified_tokens(proposal, verdict)
-        count, finish = stop_rule(tokens, verdict.num_accepted + 1, state.length, state.limit, ends)
-        broken = _is_broken(target.logits, proposal, verdict, sampling)
-        count = count * (running & ~broken)
-        finish = torch.where(running, finish.masked_fill(broken, FAILED), state.finish)
-
-        emitted = tokens.masked_fill(iota(tokens.shape[1], tokens.device) >= count[:, None], -1)
-        # The root's slot and those of all emitted tokens but the last: the cache ends one short of the text.
-        nodes = None if proposal.chain else torch.nn.functional.pad(verdict.path[:, :-1], (1, 0))
-        cache = commit(cache, state.length - 1, nodes, count)
-        info = StepInfo(plan, proposal, verdict, emitted, count, running, draft_forwards)
+        committed = resolve("commit", target.logits.device, target.logits.dtype)(
+            target.logits,
+            proposal.tokens,
+            verdict.path,
+            verdict.num_accepted,
+            verdict.next_token,
+            state.tokens,
+            state.length,
+            state.limit,
+            state.finish,
+            eos_ids=ends,
+            argmax=sampling.temperature == 0,
+            chain=proposal.chain,
+        )
+        count = committed.num_emitted
+        cache = keep_slots(cache, state.length - 1, committed.kept, count)
+        info = StepInfo(plan, proposal, verdict, committed.emitted, count, running, draft_forwards)
         after = dataclasses.replace(
             state,
-            tokens=append_tokens(state.tokens, state.length, emitted),
-            length=state.length + count,
-            finish=finish,
+            tokens=committed.tokens,
+            length=committed.length,
+            finish=committed.finish,
             round=state.round + running,
             cache=cache,
             drafter=drafter_state,
             controller=controller.update(state.controller, info),
             metrics=counters.observe(
                 state.metrics,
-                depth=tree.tree_depth(proposal),
+                depth=proposal.shape.deepest,
                 accepted=verdict.num_accepted,
                 drafted=proposal.drafted,
                 emitted=count,
                 running=running,
                 draft_forwards=draft_forwards,
             ),
-            features=_features_at(target.features, nodes, count, state.features),
+            features=_features_at(target.features, committed.kept, count, state.features),
         )
         return dataclasses.replace(after, drafter=drafter.observe(after, info)), info
 
@@ -170,18 +174,6 @@ def check_parts(model: Model, drafter: Drafter, policy: Policy, sampling: Sampli
             f"drafter {drafter.name!r} has a vocabulary of {drafter.vocab_size} tokens and the target one of "
             f"{model.vocab_size}; use a draft model with the target's tokenizer (see models.vocabulary)"
         )
-
-
-def _is_broken(logits: Tensor, proposal: Proposal, verdict: Verdict, sampling: Sampling) -> Tensor:
-    """Rows whose next token was chosen from NaN logits.
-
-    The largest of logits with a NaN is the NaN, so where the largest is taken one look at it is enough: a reduction
-    over the vocabulary right after the forward costs a millisecond of cold threads.
-    """
-    rows = iota(len(verdict.next_token), logits.device)
-    last = verdict.num_accepted if proposal.chain else verdict.path.amax(-1).clamp_min(0)
-    broken = logits[rows, last, verdict.next_token].isnan()
-    return broken if sampling.temperature == 0 else broken | logits[rows, last].sum(-1).isnan()
 
 
 def _features_at(features: Tensor | None, nodes: Tensor | None, count: Tensor, before: Tensor | None) -> Tensor | None:

@@ -3,6 +3,8 @@
 Padding nodes obey the same rule, so nothing here needs to know which nodes are valid.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,9 +45,28 @@ def chain(
 
 def root_only(root: Int[Tensor, " b"]) -> Proposal:
     """The tree of plain decoding: one node, nothing drafted."""
-    tokens = root[:, None]
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    return Proposal(tokens, chain_parents(len(root), 1, root.device), valid, ~valid, None, True, True)
+    return Proposal(root[:, None], *arrays.lone_roots(len(root), root.device), None, True, True)
+
+
+def pack(
+    trees: Sequence[tuple[int, Sequence[tuple[int, int]]]], chain: bool, device: torch.device | str = "cpu"
+) -> Proposal:
+    """Point-mass trees made on the host: of each row the root's token and its drafts as (parent, token) in order.
+
+    Rows are padded to the largest by copies of the root that hang on the node before them. `chain`: every row is one.
+    """
+    n = 1 + max(len(drafts) for _, drafts in trees)
+    tokens = [[root, *(token for _, token in drafts), *[root] * (n - 1 - len(drafts))] for root, drafts in trees]
+    if n == 1:
+        return root_only(torch.tensor(tokens, device=device)[:, 0])
+    valid = torch.tensor([[i <= len(drafts) for i in range(n)] for _, drafts in trees], device=device)
+    sampled = arrays.zeros((len(trees), n), torch.bool, valid.device)
+    if chain:
+        parents = chain_parents(len(trees), n, device)
+    else:
+        above = [[-1, *(parent for parent, _ in drafts), *range(len(drafts), n - 1)] for _, drafts in trees]
+        parents = torch.tensor(above, device=device)
+    return Proposal(torch.tensor(tokens, device=device), parents, valid, sampled, None, True, chain)
 
 
 def ancestors(parents: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]:
@@ -58,22 +79,16 @@ def depths(visible: Bool[Tensor, "b n n"]) -> Int[Tensor, "b n"]:
     return visible.sum(-1) - 1
 
 
-def node_depths(proposal: Proposal) -> Int[Tensor, "b n"]:
-    """`depths` of a proposal; a chain needs no algebra."""
-    if proposal.chain:
-        return iota(proposal.tokens.shape[1], proposal.tokens.device).expand_as(proposal.tokens)
-    return depths(proposal.visible)
-
-
 def trim(proposal: Proposal) -> Proposal:
     """Without the last nodes that no row needs, so that a round without a match costs a plain forward.
 
     Only where reading a number back is free: elsewhere static shapes are worth more.
     """
-    if proposal.tokens.device.type != "cpu":
+    n = proposal.tokens.shape[1]
+    if n == 1 or proposal.tokens.device.type != "cpu":
         return proposal
-    used = 1 + (max(proposal.drafted.tolist()) if proposal.chain else int(proposal.valid.any(0).nonzero().amax()))
-    if used == proposal.tokens.shape[1]:
+    used = max(n - row[::-1].index(True) for row in proposal.valid.tolist())
+    if used == n:
         return proposal
     probs = None if proposal.draft_probs is None or used == 1 else proposal.draft_probs[:, :used]
     return Proposal(
@@ -87,21 +102,9 @@ def trim(proposal: Proposal) -> Proposal:
     )
 
 
-def tree_depth(proposal: Proposal) -> Int[Tensor, " b"]:
-    """Depth of each row's deepest valid node."""
-    if proposal.chain:
-        return proposal.drafted
-    return (node_depths(proposal) * proposal.valid).amax(-1)
-
-
 def repeated_siblings(proposal: Proposal) -> Bool[Tensor, "b n"]:
     """Nodes that carry the token of an earlier valid sibling."""
     return walk.repeated_siblings(proposal.tokens, proposal.parents, proposal.valid)
-
-
-def path_tokens(proposal: Proposal, path: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """The tokens along a path, -1 where it has ended."""
-    return torch.where(path >= 0, proposal.tokens.gather(1, path.clamp_min(0)), -1)
 
 
 def merge(first: Proposal, second: Proposal) -> Proposal:

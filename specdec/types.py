@@ -30,7 +30,9 @@ from specdec.metrics import Metrics
 from specdec.records import record
 from specdec.rng import Key
 from specdec.sampling import Sampling
-from specdec_kernels.ops.walk import ancestors
+from specdec_kernels.dispatch import resolve
+from specdec_kernels.ops import commit
+from specdec_kernels.ops.walk import TreeShape
 
 D = TypeVar("D")
 C = TypeVar("C")
@@ -59,14 +61,16 @@ class Proposal:
     chain: bool = False
 
     @cached_property
+    def shape(self) -> TreeShape:
+        """Depths, sizes and who is whose ancestor."""
+        measure = resolve("tree_shape", self.parents.device, self.parents.dtype)
+        shape: TreeShape = measure(self.parents, self.valid, chain=self.chain)
+        return shape
+
+    @property
     def drafted(self) -> Int[Tensor, " b"]:
         """Drafts of each row: its valid nodes without the root."""
-        return self.valid.sum(-1) - 1
-
-    @cached_property
-    def visible(self) -> Bool[Tensor, "b n n"]:
-        """`[b, i, j]`: node j is node i or one of its ancestors."""
-        return ancestors(self.parents)
+        return self.shape.drafted
 
 
 @record
@@ -122,7 +126,8 @@ class Plan:
     worth: Float[Tensor, " b"] | None = None
 
 
-RUNNING, STOPPED_EOS, STOPPED_LENGTH, STOPPED_TEXT, FAILED = range(5)
+RUNNING, STOPPED_EOS, STOPPED_LENGTH = commit.RUNNING, commit.STOPPED_EOS, commit.STOPPED_LENGTH
+STOPPED_TEXT, FAILED = commit.STOPPED_TEXT, commit.FAILED
 STOP_REASONS = {
     RUNNING: "running",
     STOPPED_EOS: "eos",

@@ -1,8 +1,9 @@
 """Which implementation of an operation runs, and why: a rule over a table, without state.
 
 `choose` is the rule and only reads; `resolve` applies it, imports what it chose and remembers the answer. Priority is
-CUDA C++, Triton, torch; what may run where is stated once, in `_problem`, and what an operation needs beyond that in
-its row of `OPERATIONS`. MPS and every other device run the torch definitions.
+CUDA C++, Triton, torch on GPUs, and on the CPU its own kernels, plain Python over its memory (`host`), torch; what may
+run where is stated once, in `_problem`, and what an operation needs beyond that in its row of `OPERATIONS`. MPS and
+every other device run the torch definitions.
 """
 
 import os
@@ -123,6 +124,7 @@ def _load_stack() -> Callable[..., Any]:
 
 
 _LOGITS = floats(torch.float32, torch.float16, torch.bfloat16)
+_NUMPY = floats(torch.float64, torch.float32, torch.float16)
 
 # Fastest first, the definition last. `shape` is that of the first tensor an operation takes.
 OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
@@ -163,7 +165,28 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "kv_keep": (
         Implementation("cuda", compiled("kv_keep"), lazy("ops.keep_cuda", "keep")),
         Implementation("triton", anywhere, lazy("ops.keep_triton", "keep")),
+        Implementation("host", anywhere, lazy("ops.host", "keep")),
         Implementation("torch", anywhere, lazy("ops.keep", "keep")),
+    ),
+    "best_depth": (
+        Implementation("host", anywhere, lazy("ops.host", "best_depth")),
+        Implementation("torch", anywhere, lazy("ops.depth", "best_depth")),
+    ),
+    "learn_depth": (
+        Implementation("host", anywhere, lazy("ops.host", "learn_depth")),
+        Implementation("torch", anywhere, lazy("ops.depth", "learn_depth")),
+    ),
+    "commit": (
+        Implementation("host", _NUMPY, lazy("ops.host", "commit")),
+        Implementation("torch", anywhere, lazy("ops.commit", "commit")),
+    ),
+    "count_round": (
+        Implementation("host", anywhere, lazy("ops.host", "count_round")),
+        Implementation("torch", anywhere, lazy("ops.commit", "count_round")),
+    ),
+    "tree_shape": (
+        Implementation("host", anywhere, lazy("ops.host", "tree_shape")),
+        Implementation("torch", anywhere, lazy("ops.walk", "tree_shape")),
     ),
     "suffix_match": (
         Implementation("triton", anywhere, lazy("ops.match_triton", "suffix_match")),
@@ -192,6 +215,7 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "verify_greedy": (
         Implementation("cuda", every(_LOGITS, compiled("verify_greedy")), lazy("ops.verify_cuda", "verify_greedy")),
         Implementation("triton", anywhere, lazy("ops.choice_triton", "verify_greedy")),
+        Implementation("host", _NUMPY, lazy("ops.host", "verify_greedy")),
         Implementation("torch", anywhere, lazy("ops.verify", "verify_greedy")),
     ),
     "verify_lossless": (
@@ -282,6 +306,8 @@ def _problem(
     problem = None
     if candidate.name == "cuda" and device.type != "cuda":
         problem = f"runs on NVIDIA GPUs, not on {device.type}"
+    elif candidate.name == "host" and device.type != "cpu":
+        problem = f"works in the memory of the CPU, not on {device.type}"
     elif candidate.name == "triton":
         problem = _refuse_triton(device, requested, environ)
     if requested == "auto":

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdec import tree
 from specdec.controllers.fixed import bounded, check_range, judged
 from specdec.records import record
 from specdec.types import Controller, Plan, StepInfo
@@ -43,7 +42,7 @@ def adaptive(
 
     def update(state: AdaptiveState, info: StepInfo) -> AdaptiveState:
         counts = judged(info)
-        drafted = tree.tree_depth(info.proposal).clamp_min(1)
+        drafted = info.proposal.shape.deepest.clamp_min(1)
         rate = info.verdict.num_accepted / drafted
         recent = torch.cat([rate[:, None], state.recent[:, :-1]], dim=1)
         recent = torch.where(counts[:, None], recent, state.recent)
@@ -73,7 +72,7 @@ def aimd(k: int = 4, *, min_k: int = 1, max_k: int = 16) -> Controller:
         return bounded(state.depth, room)
 
     def update(state: DepthState, info: StepInfo) -> DepthState:
-        everything = info.verdict.num_accepted == tree.tree_depth(info.proposal)
+        everything = info.verdict.num_accepted == info.proposal.shape.deepest
         depth = (state.depth + torch.where(everything, 2, -1)).clamp(min_k, max_k)
         return DepthState(torch.where(judged(info), depth, state.depth))
 

@@ -7,20 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specdec import tree
-from specdec.arrays import iota
-from specdec.controllers.fixed import bounded, judged
 from specdec.records import record
 from specdec.types import Controller, Plan, StepInfo
+from specdec_kernels.dispatch import resolve
 
 
 @record
 class ExpectedState:
-    """Discounted counts by depth, with a prior: `tried [b k]` (drafts whose predecessors were accepted) and `accepted
-    [b k]`. Depth 0 is the root, which is always tried and always accepted."""
+    """Discounted counts by depth on top of a prior, `counts[:, 0]` of drafts that were accepted and `counts[:, 1]` of
+    those that were tried, because their predecessors were accepted. Depth 0 is the root, always tried and accepted. In
+    float64 where the device has it, so that devices differ in nothing but their last places."""
 
-    tried: Float[Tensor, "b k"]
-    accepted: Float[Tensor, "b k"]
+    counts: Float[Tensor, "b 2 k"]
 
 
 def expected(
@@ -46,28 +44,29 @@ def expected(
         raise ValueError(f"max_k must be at least 1, got {max_k}")
     if 1 not in cost or min(cost.values()) <= 0:
         raise ValueError("cost must give positive seconds for n = 1 and further n, for example {1: 0.04, 8: 0.06}")
-    seconds = torch.tensor([_interpolate(cost, n + 1) + n * draft_cost + overhead for n in range(max_k + 1)])
-    slope = float(seconds[-1] - seconds[0]) / max_k
-    hits = torch.tensor([weight] + [prior * weight] * max_k)
-    on_device = cache(lambda device: (seconds.to(device), hits.to(device)))
+    seconds = [_interpolate(cost, n + 1) + n * draft_cost + overhead for n in range(max_k + 1)]
+    slope = (seconds[-1] - seconds[0]) / max_k
+    before = [[weight] + [prior * weight] * max_k, [weight] * (max_k + 1)]
+
+    @cache
+    def on_device(device: torch.device) -> tuple[Tensor, Tensor]:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.tensor(seconds, dtype=dtype, device=device), torch.tensor(before, dtype=dtype, device=device)
 
     def init(rows: int, device: torch.device) -> ExpectedState:
-        none = torch.zeros(rows, max_k + 1, device=device)
-        return ExpectedState(none, none)
+        return ExpectedState(on_device(device)[1].repeat(rows, 1, 1))
 
     def plan(state: ExpectedState, room: Tensor) -> Plan:
-        time, before = on_device(room.device)
-        rate = (state.accepted + before) / (state.tried + weight)
-        speed, depth = (rate.cumprod(-1).cumsum(-1) / time).max(-1)
-        return bounded(depth, room, speed * slope)
+        choose = resolve("best_depth", room.device, state.counts.dtype)
+        depth, speed = choose(state.counts, on_device(room.device)[0], room)
+        return Plan(depth, max(depth.tolist()), speed * slope)
 
     def update(state: ExpectedState, info: StepInfo) -> ExpectedState:
-        index = iota(max_k + 1, info.running.device)
-        fade = (info.running * (discount - 1) + 1)[:, None]
-        counts, passed = judged(info)[:, None], info.verdict.num_accepted[:, None]
-        accepted = counts & (index <= passed)
-        tried = counts & (index <= torch.minimum(passed + 1, tree.tree_depth(info.proposal)[:, None]))
-        return ExpectedState(state.tried * fade + tried, state.accepted * fade + accepted)
+        # Rows that are done go on fading: nobody asks them again.
+        learn = resolve("learn_depth", state.counts.device, state.counts.dtype)
+        verdict, deepest = info.verdict, info.proposal.shape.deepest
+        before = on_device(deepest.device)[1]
+        return ExpectedState(learn(state.counts, before, deepest, verdict.num_accepted, discount=discount))
 
     return Controller(f"expected:max_k={max_k}", init, plan, update, max_k)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from specdec.types import Controller, Plan, StepInfo
@@ -28,10 +28,10 @@ def fixed(k: int = 4) -> Controller:
     return Controller(f"fixed:k={k}", init, plan, update, k)
 
 
-def bounded(depth: Int[Tensor, " b"], room: Int[Tensor, " b"], worth: Float[Tensor, " b"] | None = None) -> Plan:
+def bounded(depth: Int[Tensor, " b"], room: Int[Tensor, " b"]) -> Plan:
     """A plan for `depth`, never more than a row has room for."""
-    depth = torch.minimum(depth, room).clamp_min(0)
-    return Plan(depth, max(depth.tolist()), worth)
+    depth = torch.minimum(depth, room)
+    return Plan(depth, max(depth.tolist()))
 
 
 def check_range(name: str, low: int, initial: int, high: int) -> None:

@@ -4,11 +4,10 @@ import heapq
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdec import tree
-from specdec.drafters.common import last_token, unchanged
+from specdec.drafters.common import unchanged
 from specdec.records import Memo, record, register
 from specdec.sampling import Sampling
 from specdec.types import DecodeState, Drafter, Plan, Proposal
@@ -23,7 +22,8 @@ class SuffixAutomaton:
     """The minimal automaton of all substrings of a text, built online (Blumer et al. 1985), with occurrence counts.
 
     State s stands for a class of substrings that end at the same places; `length[s]` is the longest of them,
-    `link[s]` the state of its longest suffix in another class, `count[s]` the number of places.
+    `link[s]` the state of its longest suffix in another class, `count[s]` the number of places. `size` and `last`: the
+    tokens read and the last of them.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ class SuffixAutomaton:
         self.count = [0]
         self.end = 0
         self.size = 0
+        self.last = -1
 
     def extend(self, token: int) -> None:
         """Append one token: amortized constant work for the automaton, one step per suffix class for the counts."""
@@ -60,6 +61,7 @@ class SuffixAutomaton:
             self.count[new] += 1
             new = self.link[new]
         self.size += 1
+        self.last = token
 
     def _state(self, following: dict[int, int], length: int, link: int, count: int) -> int:
         self.next.append(following)
@@ -151,17 +153,15 @@ def suffix(*, min_match: int = 1, min_share: float = 0.0, nodes: int = 0) -> Dra
         return state
 
     def propose(state: DecodeState[Any, Any], plan: Plan, sampling: Sampling) -> tuple[Proposal, SuffixState, int]:
-        root = last_token(state)
         automata = state.drafter.memo.update(state.tokens, state.length)
-        if plan.max_depth == 0:
-            return tree.root_only(root), state.drafter, 0
         budget = nodes or plan.max_depth
         worth = [0.0] * len(automata) if plan.worth is None else plan.worth.tolist()
         drafts = [
             _draft(automaton, depth, budget, 1 if nodes == 0 else budget, min_match, max(min_share, least))
             for automaton, depth, least in zip(automata, plan.depth.tolist(), worth, strict=True)
         ]
-        return _pack(root, drafts, chain=nodes == 0), state.drafter, 0
+        trees = tree.pack([(automaton.last, row) for automaton, row in zip(automata, drafts, strict=True)], nodes == 0)
+        return trees, state.drafter, 0
 
     return Drafter(
         f"suffix:nodes={nodes}" if nodes else "suffix",
@@ -199,19 +199,3 @@ def _draft(
         if level < depth:
             discover(*automaton.follow(state, matched, token), -negative, level + 1, len(drafts))
     return drafts
-
-
-def _pack(root: Tensor, drafts: list[list[tuple[int, int]]], *, chain: bool) -> Proposal:
-    """Trees of different sizes as one padded proposal; padding hangs on the node before it."""
-    n = 1 + max(len(row) for row in drafts)
-    if n == 1:
-        return tree.root_only(root)
-    rows = [[(index, 0) for index in range(len(row), n - 1)] for row in drafts]
-    full = [row + fill for row, fill in zip(drafts, rows, strict=True)]
-    padded = torch.tensor(full, dtype=torch.int64, device=root.device).view(len(drafts), n - 1, 2)
-    count = torch.tensor([len(row) for row in drafts], device=root.device)
-    proposal = tree.chain(root, padded[:, :, 1], count)
-    if chain:
-        return proposal
-    parents = torch.cat([torch.full_like(root[:, None], -1), padded[:, :, 0]], dim=1)
-    return Proposal(proposal.tokens, parents, proposal.valid, proposal.sampled, None, True, False)

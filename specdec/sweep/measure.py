@@ -155,10 +155,9 @@ def _follow(prepared: Prepared, recorder: Recorder | None = None, *, detailed: b
 
 
 def _depths(progress: Progress) -> list[int]:
-    from specdec import tree
 
     assert progress.info is not None
-    return list(tree.tree_depth(progress.info.proposal).tolist())
+    return list(progress.info.proposal.shape.deepest.tolist())
 
 
 def _finished(prepared: Prepared, sample: Sample, prompt: Sequence[int], course: _Course, row: int) -> Decoded:

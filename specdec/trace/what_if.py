@@ -18,10 +18,10 @@ from specdec.metrics import zero
 from specdec.registry import build_controller, parse_controller, parse_drafter, parse_policy
 from specdec.rng import seeded
 from specdec.sampling import Sampling
-from specdec.state import verified_tokens
 from specdec.trace.records import Table, Trace
 from specdec.trace.replay import rounds_of
 from specdec.types import Controller, DecodeState, Drafter, Plan, Proposal, StepInfo, Verdict
+from specdec_kernels.ops.commit import verified_tokens
 
 TEXT_ONLY = {"none", "ngram", "suffix"}
 # Replicas of the simulated sample; their 2.5 and 97.5 percentiles are the interval.
@@ -176,19 +176,23 @@ def _play(trace: Trace, drafting: Choice, controller: Controller) -> tuple[list[
         verdict = _follow_text(proposal, text, length)
         path = int(verdict.num_accepted[0])
         count = min(path + 1, len(text) - length)
-        depths.append(int(tree.tree_depth(proposal)[0]))
+        depths.append(int(proposal.shape.deepest[0]))
         emitted.append(count)
         accepted.append(min(path, count))
         info = StepInfo(
             plan,
             proposal,
             verdict,
-            verified_tokens(proposal, verdict),
+            _verified(proposal, verdict),
             torch.tensor([count]),
             torch.tensor([True]),
         )
         state, length = controller.update(state, info), length + count
     return depths, emitted, accepted
+
+
+def _verified(proposal: Proposal, verdict: Verdict) -> torch.Tensor:
+    return verified_tokens(proposal.tokens, verdict.path, verdict.num_accepted, verdict.next_token)
 
 
 def _follow_text(proposal: Proposal, text: list[int], length: int) -> Verdict:
@@ -372,7 +376,14 @@ def _estimate(
         path = torch.arange(1, most + 2)
         verdict = Verdict(torch.where(path <= count[:, None], path, -1), count, root, torch.zeros(REPLICAS, most + 1))
         emitted = torch.minimum(count + 1, wanted - length) * running
-        info = StepInfo(plan, proposal, verdict, verified_tokens(proposal, verdict), emitted, running)
+        info = StepInfo(
+            plan,
+            proposal,
+            verdict,
+            _verified(proposal, verdict),
+            emitted,
+            running,
+        )
         state, length, rounds = controller.update(state, info), length + emitted, rounds + running
         if seconds is not None:
             time = time + running * (seconds[0] + seconds[1] * depth)

@@ -13,7 +13,7 @@ from specdec_kernels.dispatch import OPERATIONS, Choice, Implementation, choose,
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 FORCED = {"SPECDEC_FORCE_PY": "1"}
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-PRIORITY = ("cuda", "triton", "torch")
+PRIORITY = ("cuda", "triton", "host", "torch")
 
 
 @pytest.fixture

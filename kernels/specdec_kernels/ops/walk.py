@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdec_kernels.arrays import iota
+
 
 class Verification(NamedTuple):
     """What every verification returns.
@@ -19,6 +21,30 @@ class Verification(NamedTuple):
     num_accepted: Int[Tensor, " b"]
     next_token: Int[Tensor, " b"]
     accept_prob: Float[Tensor, "b n"]
+
+
+class TreeShape(NamedTuple):
+    """What follows from a tree's parents and which nodes are `valid`.
+
+    `visible`: `[b, i, j]` says that node j is node i or one of its ancestors; `None` for a chain, where all before it
+    are. `depth`: distance of each node from the root. `drafted`: valid nodes without the root. `deepest`: the depth of
+    the deepest valid node.
+    """
+
+    visible: Bool[Tensor, "b n n"] | None
+    depth: Int[Tensor, "b n"]
+    drafted: Int[Tensor, " b"]
+    deepest: Int[Tensor, " b"]
+
+
+def tree_shape(parents: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], *, chain: bool = False) -> TreeShape:
+    """See `TreeShape`. `chain`: `parents[:, i] == i - 1` in every row, which needs no algebra."""
+    drafted = valid.sum(-1) - 1
+    if chain:
+        return TreeShape(None, iota(parents.shape[1], parents.device).expand_as(parents), drafted, drafted)
+    visible = ancestors(parents)
+    depth = visible.sum(-1) - 1
+    return TreeShape(visible, depth, drafted, (depth * valid).amax(-1))
 
 
 def pack_path(accepted: Bool[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
