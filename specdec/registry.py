@@ -197,13 +197,16 @@ def build_policy(choice: Choice) -> "Policy":
 def build_controller(
     choice: Choice, *, target: "Model", drafts: Sequence["Model"], costs: Callable[["Model"], Mapping[int, float]]
 ) -> "Controller":
-    """The controller of `choice`. `costs` measures what a forward of a model takes; only `expected` asks."""
+    """The controller of `choice`. `costs` measures what forwards of a model and the rounds around them take
+    (`models.costs.measure_costs`); only `expected` asks."""
     from specdec import controllers
 
     options: dict[str, Any] = dict(choice.options)
     if choice.name == "expected":
         options.setdefault("draft_cost", sum((costs(draft)[1] for draft in drafts), 0.0))
-        return controllers.expected(costs(target), **options)
+        measured = costs(target)
+        options.setdefault("overhead", measured.get(0, 0.0))
+        return controllers.expected({n: seconds for n, seconds in measured.items() if n}, **options)
     build: Mapping[str, Callable[..., Controller]] = {
         "fixed": controllers.fixed,
         "adaptive": controllers.adaptive,

@@ -81,7 +81,13 @@ def _profile(name: str, options: Mapping[str, Any], monitor: Any) -> dict[str, A
     loaded = load_target(name, options, monitor)
     monitor.phase(f"measuring {loaded.name}")
     costs, about = measure_costs(loaded.model), loaded.model.about
-    profile: dict[str, Any] = {"model": loaded.name, "adapter": loaded.adapter, "seconds": costs}
+    forwards = {n: seconds for n, seconds in costs.items() if n}
+    profile: dict[str, Any] = {
+        "model": loaded.name,
+        "adapter": loaded.adapter,
+        "seconds": forwards,
+        "round_s": costs[0],
+    }
     if "linear_timings" in about:
         timings = {name: timing.seconds for name, timing in about["linear_timings"].items()}
         choice = {"use": about["linear"], "because": about["linear_reason"], "not": about["linear_rejected"]}

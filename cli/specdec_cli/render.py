@@ -228,6 +228,7 @@ def _print_profile(console: Console, profile: Mapping[str, Any]) -> None:
     for n, seconds in costs.items():
         table.add_row(str(n), f"{1000 * seconds:.2f}", f"{seconds / costs[1]:.2f}")
     console.print(table)
+    console.print(f"a plain round takes {1000 * profile['round_s']:.2f} milliseconds besides")
     if "linear" in profile:
         console.print()
         console.print(_linears(profile["linear"]))

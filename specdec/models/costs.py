@@ -19,8 +19,11 @@ import torch
 
 import specdec_kernels.linear as linears
 from specdec import cache as kv
+from specdec import controllers, drafters, policies
 from specdec.models.store import store_root
-from specdec.state import prefill
+from specdec.state import init_state, prefill
+from specdec.step import build_step, iterate
+from specdec.transforms import Parts, timed_parts, with_timing
 from specdec.types import Model, implementations
 from specdec_kernels.clock import Clock
 
@@ -31,7 +34,7 @@ SIZES = (1, 2, 3, 5, 9, 17)
 _STEADY = 1.5
 
 # Raised whenever what is measured changes, so that older files are measured again.
-_FORMAT = 2
+_FORMAT = 3
 
 T = TypeVar("T")
 
@@ -39,7 +42,8 @@ T = TypeVar("T")
 def measure_costs(
     model: Model, sizes: Sequence[int] = SIZES, *, context: int = 128, repeats: int = 5, budget: float = 3.0
 ) -> dict[int, float]:
-    """Seconds of a forward of n tokens behind `context` others, for every n of `sizes`: the median of `repeats`.
+    """Seconds of a forward of n tokens behind `context` others, for every n of `sizes`: the median of `repeats`. Those
+    that a plain greedy round takes besides its forward stand under 0.
 
     All sizes are measured in turn and then again, so that a machine that slows down meanwhile slows them all; the
     first turn warms up and does not count. Once `budget` seconds are spent, no further turn begins, but one counts in
@@ -68,7 +72,7 @@ def cached_costs(
     if known is not None:
         return known
     times = _measure(model, sizes, context, repeats, budget)
-    if _steady(times):
+    if _steady({n: seconds for n, seconds in times.items() if n}):
         with suppress(OSError):
             _write(path, {"key": key, "seconds": _medians(times)})
     return _medians(times)
@@ -131,7 +135,18 @@ def _measure(model: Model, sizes: Sequence[int], context: int, repeats: int, bud
             spent += elapsed
             if turn:
                 times[n].append(elapsed)
-    return times
+    return times | {0: _measure_rounds(model, repeats)}
+
+
+def _measure_rounds(model: Model, repeats: int) -> list[float]:
+    """Seconds that plain greedy rounds take besides their forward; the first warms up and does not count."""
+    clock = Clock(model.device)
+    parts = timed_parts(Parts(model, drafters.none(), policies.greedy(), controllers.fixed(0)), clock)
+    step = with_timing(build_step(*parts), clock)
+    rounds = min(repeats + 1, model.max_length - 1)
+    state = init_state([[0]], model=model, drafter=parts.drafter, controller=parts.controller, max_new_tokens=rounds)
+    timing = [info.timing or {} for _, info in iterate(step, state)]
+    return [seconds["total"] - seconds["verify"] for seconds in timing[1:] or timing]
 
 
 def _medians(times: Mapping[int, Sequence[float]]) -> dict[int, float]:
