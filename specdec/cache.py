@@ -141,7 +141,7 @@ def keep(
     cache.store.generation += 1
     if nodes is not None and nodes.shape[1]:
         slots = cache.store.slots
-        resolve("kv_keep", slots[0].device, slots[0].dtype)(slots, base, nodes, count)
+        resolve("kv_keep", slots[0].device, slots[0].dtype, base.shape)(slots, base, nodes, count)
     length = base + count
     return KVCache(cache.store, length, cache.store.generation, _extent(length, cache.extent))
 

@@ -65,7 +65,7 @@ def observe(
     draft_forwards: int,
 ) -> Metrics:
     """Count one round of the rows that are `running`; `depth` is that of the drafted tree, `accepted` of the path."""
-    count = resolve("count_round", metrics.counts.device, metrics.counts.dtype)
+    count = resolve("count_round", metrics.counts.device, metrics.counts.dtype, running.shape)
     options = {"draft_forwards": draft_forwards, "max_depth": metrics.max_depth}
     return Metrics(count(metrics.counts, depth, accepted, drafted, emitted, running, **options), metrics.max_depth)
 

@@ -70,7 +70,7 @@ def build_step(
         draws = policy.draw(state.key, state.round, proposal.shape.depth, state.length, model.vocab_size)
         verdict = policy.verify(proposal, target, draws, sampling)
 
-        committed = resolve("commit", target.logits.device, target.logits.dtype)(
+        committed = resolve("commit", target.logits.device, target.logits.dtype, state.length.shape)(
             target.logits,
             proposal.tokens,
             verdict.path,

@@ -63,7 +63,7 @@ class Proposal:
     @cached_property
     def shape(self) -> TreeShape:
         """Depths, sizes and who is whose ancestor."""
-        measure = resolve("tree_shape", self.parents.device, self.parents.dtype)
+        measure = resolve("tree_shape", self.parents.device, self.parents.dtype, self.parents.shape[:1])
         shape: TreeShape = measure(self.parents, self.valid, chain=self.chain)
         return shape
 

@@ -57,13 +57,13 @@ def expected(
         return ExpectedState(on_device(device)[1].repeat(rows, 1, 1))
 
     def plan(state: ExpectedState, room: Tensor) -> Plan:
-        choose = resolve("best_depth", room.device, state.counts.dtype)
+        choose = resolve("best_depth", room.device, state.counts.dtype, room.shape)
         depth, speed = choose(state.counts, on_device(room.device)[0], room)
         return Plan(depth, max(depth.tolist()), speed * slope)
 
     def update(state: ExpectedState, info: StepInfo) -> ExpectedState:
         # Rows that are done go on fading: nobody asks them again.
-        learn = resolve("learn_depth", state.counts.device, state.counts.dtype)
+        learn = resolve("learn_depth", state.counts.device, state.counts.dtype, info.running.shape)
         verdict, deepest = info.verdict, info.proposal.shape.deepest
         before = on_device(deepest.device)[1]
         return ExpectedState(learn(state.counts, before, deepest, verdict.num_accepted, discount=discount))

@@ -18,7 +18,7 @@ def greedy(*, kernels: str = "auto") -> Policy:
     check_kernels("verify_greedy", kernels)
 
     def verify(proposal: Proposal, target: Target, draws: Draws, sampling: Sampling) -> Verdict:
-        run = resolve("verify_greedy", target.logits.device, target.logits.dtype, (), kernels)
+        run = resolve("verify_greedy", target.logits.device, target.logits.dtype, target.logits.shape[:1], kernels)
         tree = (proposal.tokens, proposal.parents, proposal.valid)
         return Verdict(*run(target.logits, *tree, chain=proposal.chain))
 
