@@ -23,8 +23,8 @@ from specdec.types import Drafter, Model
 MODEL = "smollm2-135m"
 
 
-def greedy_drafters(model: Model) -> dict[str, Callable[[], Drafter]]:
-    """Every drafter that can run on one model; the draft model proper is the target's first layers with own cache."""
+def greedy_drafters(model: Model, short: Model) -> dict[str, Callable[[], Drafter]]:
+    """Every drafter that can run beside the target `model`, with the draft model `short`."""
     made: dict[str, Callable[[], Drafter]] = {
         "none": drafters.none,
         "ngram": drafters.ngram,
@@ -32,23 +32,23 @@ def greedy_drafters(model: Model) -> dict[str, Callable[[], Drafter]]:
         "suffix": drafters.suffix,
         "suffix-tree": lambda: drafters.suffix(nodes=12),
     }
+    made |= {
+        "model": lambda: drafters.draft_model(short, mode="greedy"),
+        "model-tree": lambda: drafters.draft_model(short, mode="greedy", branching=(2, 2)),
+        "first": lambda: drafters.first_hit(drafters.ngram(min_ngram=2), drafters.draft_model(short, mode="greedy")),
+        "union": lambda: drafters.union(drafters.draft_model(short, mode="greedy"), drafters.ngram()),
+    }
     if model.early_exit is not None:
-        short = model.early_exit(10)
         made |= {
             "early_exit": lambda: drafters.early_exit(model, 10, mode="greedy"),
             "early_exit-tree": lambda: drafters.early_exit(model, 10, mode="greedy", branching=(2, 1, 1)),
-            "model": lambda: drafters.draft_model(short, mode="greedy"),
-            "model-tree": lambda: drafters.draft_model(short, mode="greedy", branching=(2, 2)),
-            "first": lambda: drafters.first_hit(
-                drafters.ngram(min_ngram=2), drafters.draft_model(short, mode="greedy")
-            ),
-            "union": lambda: drafters.union(drafters.draft_model(short, mode="greedy"), drafters.ngram()),
         }
     return made
 
 
 def greedy_rows(
     loaded: Loaded,
+    short: Model,
     questions: list[dict[str, Any]],
     wanted: list[list[int]],
     new_tokens: int,
@@ -57,7 +57,7 @@ def greedy_rows(
 ) -> Iterator[Any]:
     """Compare each drafter's greedy output with `generate`, `batch` questions to a decode."""
     prompts = [chat_prompt(loaded.tokenizer, question["turns"][0]) for question in questions]
-    for name, make in greedy_drafters(loaded.model).items():
+    for name, make in greedy_drafters(loaded.model, short).items():
         if names and name not in names:
             continue
         for begin in range(0, len(questions), batch):
@@ -180,12 +180,16 @@ def main(
     done: set[str] = set()
     if out.is_file():
         done = {json.dumps(json.loads(line)["key"], sort_keys=True) for line in out.read_text().splitlines()}
+    # The draft model is the target's first third, with a cache of its own.
+    short = load(MODEL, adapter="decoder", device="cpu").model
+    assert short.early_exit is not None
+    short = short.early_exit(10)
     with out.open("a") as sink:
         for adapter in adapters:
             loaded = load(MODEL, adapter=adapter, device="cpu")
             asked = read_questions(questions_file, questions)
             wanted = reference_outputs(loaded, asked, new_tokens, out.with_suffix(".reference.json"))
-            sources = [greedy_rows(loaded, asked, wanted, new_tokens, set(names), batch)]
+            sources = [greedy_rows(loaded, short, asked, wanted, new_tokens, set(names), batch)]
             if adapter == "decoder" and not names:
                 sources.append(coupled_rows(loaded, asked[:coupled_questions], new_tokens))
             for source in sources:
