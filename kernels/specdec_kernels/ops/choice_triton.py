@@ -154,7 +154,6 @@ def _walk(
         best, choice = tl.where(first, value, best), tl.where(first, index, choice)
 
     depth = tl.program_id(0) * 0
-    last = depth
     steps = tl.full([nodes], -1, tl.int32)
     if chain:
         # Node i goes on when draft i + 1 is what it chose.
@@ -162,7 +161,6 @@ def _walk(
         alive = tl.load(valid + row * valid_b + (node + 1) * valid_n, mask=node + 1 < n, other=0) != 0
         goes_on = alive & (draft == choice) & (node + 1 < n)
         depth = tl.min(tl.where(goes_on, nodes, node), 0)
-        last = depth
         steps = tl.where(node < depth, node + 1, -1)
         tl.store(accept_prob + row * n + node, ((node > 0) & (node <= depth)).to(tl.float32), mask=exists)
     else:
@@ -171,16 +169,17 @@ def _walk(
         alive = tl.load(valid + row * valid_b + node * valid_n, mask=exists, other=0) != 0
         alive = alive & (node > 0) & exists
         accepted = tl.zeros([nodes], tl.float32)
-        child = last
+        child = depth
         while child < n:
-            last = child
-            wanted = tl.sum(tl.where(node == last, choice, 0), 0)
-            child = tl.min(tl.where(alive & (parent == last) & (token == wanted), node, nodes + n), 0)
+            wanted = tl.sum(tl.where(node == child, choice, 0), 0)
+            child = tl.min(tl.where(alive & (parent == child) & (token == wanted), node, nodes + n), 0)
             found = child < n
             steps = tl.where(found & (node == depth), child, steps)
             accepted = tl.where(found & (node == child), 1.0, accepted)
             depth += found.to(tl.int32)
         tl.store(accept_prob + row * n + node, accepted, mask=exists)
+    # A child stands behind its parent. A last node carried through the loop above comes out wrong in Triton 3.6.
+    last = tl.maximum(tl.max(steps, 0), 0)
     tl.store(path + row * n + node, steps.to(tl.int64), mask=exists)
     tl.store(count + row, depth.to(tl.int64))
     tl.store(next_token + row, tl.sum(tl.where(node == last, choice, 0), 0).to(tl.int64))
