@@ -13,6 +13,10 @@ written once) are moved at the bandwidth that a plain device copy reaches in the
 such as a rejection, can be below it. `differ` is the largest absolute difference to the definition on the same input,
 in floating point, or the number of integers that differ.
 
+`tree_attention` has two rivals in torch, on the same caches: `sdpa`, scaled_dot_product_attention with a dense mask
+that is made beforehand and with the heads of a group as rows, so that it reads a key once, too; and `flash`, the flash
+attention in torch, on chains, which are all it can do.
+
 On the CPU the definitions alone are timed, with a clock; there is nothing else to compare them with.
 """
 
@@ -51,6 +55,13 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     options: Mapping[str, Any] = {}
     changed: tuple[Tensor, ...] = ()
+
+
+class Contender(NamedTuple):
+    """Something to time: how to import it, and what it takes in place of the arguments of the operation."""
+
+    load: Callable[[], Callable[..., Any]]
+    prepare: Callable[[Call], Call] = lambda call: call
 
 
 class Case(NamedTuple):
@@ -191,6 +202,33 @@ def attention(b: int, n: int, c: int) -> Case:
     )
 
 
+def committing(b: int, n: int, c: int) -> Case:
+    """A chain of which all was accepted, behind a text of `c` tokens."""
+    v = VOCABULARIES[0]
+
+    def make(generator: torch.Generator) -> Call:
+        device = generator.device
+        count = partial(torch.full, (b,), device=device)
+        index = torch.arange(n, device=device)
+        path = torch.where(index + 1 < n, index + 1, -1).expand(b, n).contiguous()
+        tokens = torch.randint(0, v, (b, c + n), generator=generator, device=device)
+        verdict = (torch.zeros(b, n, v, device=device), tokens[:, -n:], path, count(n - 1), count(1))
+        return Call((*verdict, tokens, count(c), count(c + n + 1), count(0)), {"eos_ids": (2,), "argmax": True})
+
+    size = 8 * b * (c + 4 * n)
+    return Case("commit", "chain", {"b": b, "n": n, "c": c}, torch.float32, (b, n, v), size, 2 * size, make)
+
+
+def counting(b: int, n: int) -> Case:
+    def make(generator: torch.Generator) -> Call:
+        counts = torch.zeros(b, 4 + n * n, dtype=torch.int64, device=generator.device)
+        most = torch.full((b,), n - 1, device=generator.device)
+        return Call((counts, most, most, most, most + 1, most >= 0), {"draft_forwards": 1, "max_depth": n - 1})
+
+    size = 8 * b * (4 + n * n)
+    return Case("count_round", "", {"b": b, "n": n}, torch.int64, (b, 4 + n * n), size, 2 * size, make)
+
+
 def matching(b: int, c: int, longest: int) -> Case:
     def make(generator: torch.Generator) -> Call:
         tokens = torch.randint(0, 64, (b, c), generator=generator, device=generator.device)
@@ -286,6 +324,8 @@ def cases() -> dict[str, list[Case]]:
         keep(b, n, c) for c in (512, 4096, 32768) for b, n in [(1, 8), (8, 8), (64, 8), (1, 64), (8, 64)]
     ]
     found["tree_attention"] = [attention(b, n, c) for c in (4096, 512, 32768) for b, n in grid]
+    found["commit"] = [committing(b, n, c) for c in (512, 32768) for b, n in grid[:5]]
+    found["count_round"] = [counting(b, n) for b, n in grid[:5]]
     found["suffix_match"] = [
         matching(b, c, longest) for c in (4096, 512, 32768) for b in (1, 8, 64) for longest in (3, 16)
     ]
@@ -399,8 +439,8 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [tensor for part in result or () for tensor in tensors_of(part)] if isinstance(result, tuple) else []
 
 
-def outcome(function: Callable[..., Any], case: Case, device: torch.device) -> list[Tensor]:
-    call = arguments(case, device, 0)
+def outcome(contender: Contender, case: Case, device: torch.device) -> list[Tensor]:
+    function, call = contender.load(), contender.prepare(arguments(case, device, 0))
     return [*tensors_of(function(*call.args, **call.options)), *call.changed]
 
 
@@ -416,16 +456,58 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return float(total)
 
 
-def contenders(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Callable[..., Any]]]:
-    """What to time, each as a function that imports it: the implementations, or torch.compile of the definition."""
+def contenders(case: Case, device: torch.device, compiled: bool) -> dict[str, Contender]:
+    """What to time: the implementations and their rivals, or torch.compile of the definition."""
     found = partial(resolve, case.op, device, case.dtype, case.shape)
     if compiled:
         # Past a few recompilations of one function dynamo gives up on it, and would be timed as torch itself.
         torch.compiler.reset()
-        return {"torch.compile": lambda: torch.compile(found("torch"), dynamic=False)}
+        return {"torch.compile": Contender(lambda: torch.compile(found("torch"), dynamic=False))}
     # On the CPU kernels would be interpreted, to be right and not fast. Elsewhere what cannot run raises its reason.
-    names = [row.name for row in OPERATIONS[case.op] if device.type != "cpu" or row.name == "torch"]
-    return {name: partial(found, name) for name in names}
+    other = () if device.type == "cpu" else ("cuda", "triton", "flex")
+    names = [row.name for row in OPERATIONS[case.op] if row.name in (*other, "torch")]
+    made = {name: Contender(partial(found, name)) for name in names}
+    if case.op == "tree_attention" and device.type == "cuda":
+        made["sdpa"] = Contender(lambda: sdpa, with_dense_mask)
+        if case.label == "chain":
+            made["flash"] = Contender(lambda: flash)
+    return made
+
+
+def with_dense_mask(call: Call) -> Call:
+    """The arguments of `sdpa` for those of `tree_attention`."""
+    from specdec_kernels.ops.attention import visible_slots
+
+    query, keys, values, length = call.args
+    (rows, n, heads, size), extent, kv_heads = query.shape, call.options["extent"], keys.shape[2]
+    seen = visible_slots(length, n, extent, call.options.get("ancestors"), n)
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
+    grouped = query.view(rows, n, kv_heads, -1, size).permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, -1, size)
+    mask = mask[:, None].repeat_interleave(heads // kv_heads, 2)
+    return Call((grouped, *(slots[:, :extent].transpose(1, 2) for slots in (keys, values)), mask))
+
+
+def sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Dense attention of `[b kv_heads n*group d]`, as `[b n heads d]`."""
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    group = HEADS // KV_HEADS
+    return mixed.unflatten(2, (-1, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def flash(query: Tensor, keys: Tensor, values: Tensor, length: Tensor, *, extent: int) -> Tensor:
+    """Flash attention over a chain at the end of `extent` slots, which all rows must have."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys[:, :extent].transpose(1, 2),
+            values[:, :extent].transpose(1, 2),
+            attn_mask=causal_lower_right(query.shape[1], extent),
+            enable_gqa=True,
+        )
+    return mixed.transpose(1, 2)
 
 
 def measure(
@@ -433,9 +515,9 @@ def measure(
 ) -> Iterator[Row]:
     """The rows of one case; an implementation that fails has its error in `note`."""
     calls = copies_of(case, device)
-    wanted = outcome(resolve(case.op, device, case.dtype, case.shape, "torch"), case, device)
+    wanted = outcome(Contender(partial(resolve, case.op, device, case.dtype, case.shape, "torch")), case, device)
     chosen = choose(case.op, device, case.dtype, case.shape).implementation
-    for name, load in contenders(case, device, compiled).items():
+    for name, contender in contenders(case, device, compiled).items():
         if time.monotonic() > deadline:
             return
         row: Row = {"op": case.op, "case": case.label, **dict.fromkeys("bnvc", ""), **case.sizes}
@@ -443,14 +525,14 @@ def measure(
         row |= {"us": None, "low_us": None, "high_us": None, "graph_us": None, "calls": 0, "copies": len(calls)}
         row |= {"floor_us": 1e6 * case.moved / bandwidth, "differ": None, "note": ""}
         try:
-            function = load()
-            row["differ"] = difference(outcome(function, case, device), wanted)
-            times = sorted(time_eager(function, calls, device, most))
+            function, prepared = contender.load(), [contender.prepare(call) for call in calls]
+            row["differ"] = difference(outcome(contender, case, device), wanted)
+            times = sorted(time_eager(function, prepared, device, most))
             row |= {"us": statistics.median(times), "calls": len(times)}
             row |= {"low_us": times[len(times) // 10], "high_us": times[-1 - len(times) // 10]}
             if device.type == "cuda":
                 # Definitions launch up to thousands of kernels a call, and capturing one costs what calling it does.
-                row["graph_us"] = time_graph(function, calls[: max(2, int(5e5 / row["us"]))], device, most)
+                row["graph_us"] = time_graph(function, prepared[: max(2, int(5e5 / row["us"]))], device, most)
         except Exception as error:  # a table with a gap and its reason is worth more than no table
             row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             settle(device)

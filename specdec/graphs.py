@@ -300,9 +300,10 @@ class Rounds:
                 result.clone() if result is not buffer and result.untyped_storage().data_ptr() in owned else result
                 for buffer, result in zip(self.buffers, results, strict=True)
             ]
-            for buffer, result in zip(self.buffers, safe, strict=True):
-                if result is not buffer:
-                    buffer.copy_(result)
+            for kind in {buffer.dtype for buffer in self.buffers}:
+                # Of one type, so that one launch copies all of them.
+                pairs = [pair for pair in zip(self.buffers, safe, strict=True) if pair[0].dtype == kind]
+                torch._foreach_copy_([buffer for buffer, _ in pairs], [result for _, result in pairs])
             return []
 
         self._replay, _ = recorder(work)

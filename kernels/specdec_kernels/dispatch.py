@@ -185,10 +185,12 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("torch", anywhere, lazy("ops.depth", "learn_depth")),
     ),
     "commit": (
+        Implementation("triton", anywhere, lazy("ops.commit_triton", "commit")),
         Implementation("host", every(_NUMPY, few_rows), lazy("ops.host", "commit")),
         Implementation("torch", anywhere, lazy("ops.commit", "commit")),
     ),
     "count_round": (
+        Implementation("triton", anywhere, lazy("ops.commit_triton", "count_round")),
         Implementation("host", few_rows, lazy("ops.host", "count_round")),
         Implementation("torch", anywhere, lazy("ops.commit", "count_round")),
     ),
