@@ -4,8 +4,9 @@ The query heads that share a key head and the n nodes are the rows of one tile, 
 all of them (up to 8 nodes, and up to tiles of 64 rows). `length` is read on the device and the launch depends on
 shapes alone, so a captured launch stays right while rows grow; programs past the end of their row leave at once.
 
-A node's result is the same bits for every n up to 8, whatever its neighbours, rows, `extent` and capacity: splits and
-blocks begin at fixed slots, tiles have one shape, sums run in slot order, and slots that are not seen add exact zeros.
+A node's result is the same bits for every n up to 8, whatever its neighbours, `extent` and capacity: splits and blocks
+begin at fixed slots, tiles have one shape, sums run in slot order, and slots that are not seen add exact zeros. Many
+rows have longer splits than few, so a row's bits may differ between a small batch and a large one.
 """
 
 from typing import no_type_check
@@ -22,9 +23,10 @@ from specdec_kernels.ops.dot_triton import dot, stages
 _MAX_HEAD_SIZE = 128
 # Nodes up to which a tile has one shape. A verification of 1 to 7 drafts is what speculation mostly runs.
 _FEW = 8
-# A program reads 128 slots for few nodes: 64 KiB of a 16-bit cache with heads of 128. More nodes mean more partial
-# results a split, so there are fewer splits; a prompt has parallelism enough without any.
-_SPLIT, _WIDE_SPLIT, _MOST_SPLIT_NODES = 128, 1024, 64
+# Nodes past which the cache is not split: a prompt has parallelism enough.
+_MOST_SPLIT_NODES = 64
+# Pairs of rows and key heads from which on they fill the device.
+_MANY_PAIRS = 64
 _COMBINED = 16
 
 
@@ -60,9 +62,10 @@ def tree_attention(
         return out
     extent = min(keys.shape[1], extent or keys.shape[1])
     group = heads // kv_heads
-    split = extent if n > _MOST_SPLIT_NODES else _SPLIT if n <= 2 * _FEW else _WIDE_SPLIT
+    split = extent if n > _MOST_SPLIT_NODES else choose_split(n, rows * kv_heads)
     splits = triton.cdiv(extent, split)
     block_m = max(16, min(64, triton.next_power_of_2(group * max(n, _FEW))))
+    tiles = triton.cdiv(n * group, block_m)
     padded = max(16, triton.next_power_of_2(size))
     narrow = query.element_size() == 2
     masks = (0, 0) if ancestors is None else ancestors.stride()
@@ -70,9 +73,10 @@ def tree_attention(
     if splits > 1:
         partial = torch.empty((rows, n, heads, splits, size), dtype=torch.float32, device=query.device)
         stats = torch.empty((2, rows, n, heads, splits), dtype=torch.float32, device=query.device)
-    _attend[(rows * kv_heads, splits, triton.cdiv(n * group, block_m))](
+    # Programs that read the same slots are neighbours, so all but the first find them in the L2 cache.
+    _attend[(tiles * rows * kv_heads, splits)](
         query, keys, values, length, length if ancestors is None else ancestors, out, partial, stats,
-        n, kv_heads, width, split, splits, rows * n * heads * splits, size**-0.5 * 1.4426950408889634,
+        n, kv_heads, tiles, width, split, splits, rows * n * heads * splits, size**-0.5 * 1.4426950408889634,
         *query.stride()[:3], *keys.stride()[:3], length.stride(0), *masks,
         GROUP=group, SIZE=size, PADDED=padded, BLOCK_M=block_m, BLOCK_N=64 if narrow else 32,
         TREE=ancestors is not None, WHOLE=splits == 1, WIDE=query.device.type == "cpu",
@@ -86,27 +90,40 @@ def tree_attention(
     return out
 
 
+def choose_split(n: int, pairs: int) -> int:
+    """Slots that one program reads, for `n` nodes and so many pairs of rows and key heads.
+
+    Few for few nodes: 128 slots are 64 KiB of a 16-bit cache with heads of 128. A split leaves a partial result of each
+    node, so more nodes have fewer splits, and so have pairs that fill the device by themselves.
+    """
+    many = pairs >= _MANY_PAIRS
+    if n <= 2 * _FEW:
+        return 1024 if many else 128
+    return 4096 if many else 1024
+
+
 # Not specialized by what varies from call to call: one binary for every n and extent.
-@triton.jit(do_not_specialize=("n", "width", "split", "splits", "total"))
+@triton.jit(do_not_specialize=("n", "tiles", "width", "split", "splits", "total"))
 @no_type_check
 def _attend(
     query, keys, values, length, ancestors, out, partial, stats,
-    n, kv_heads, width, split, splits, total, scale,
+    n, kv_heads, tiles, width, split, splits, total, scale,
     query_row, query_node, query_head, slot_row, slot_slot, slot_head, length_row, mask_row, mask_node,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TREE: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // kv_heads).to(tl.int64)
-    kv_head = tl.program_id(0) % kv_heads
+    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row = (pair // kv_heads).to(tl.int64)
+    kv_head = pair % kv_heads
     part = tl.program_id(1)
     used = tl.load(length + row * length_row).to(tl.int32)
-    place = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     node = place // GROUP
     head = kv_head * GROUP + place % GROUP
     live = node < n
     end = used + n
     if not TREE:
-        end = tl.minimum(end, used + (tl.program_id(2) * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+        end = tl.minimum(end, used + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
     begin = part * split
     if begin >= end:
         return
@@ -118,7 +135,9 @@ def _attend(
         query + row * query_row + node[:, None] * query_node + head[:, None] * query_head + channel[None, :],
         mask=live[:, None] & whole[None, :], other=0.0,
     )  # fmt: skip
+    window = used
     if TREE:
+        window = used + n - width
         sees = tl.load(ancestors + row * mask_row + node * mask_node, mask=live, other=0)
     base = row * slot_row + kv_head * slot_head
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -130,14 +149,16 @@ def _attend(
         offset = base + slot.to(tl.int64) * slot_slot
         k = tl.load(keys + offset[None, :] + channel[:, None], mask=inside[None, :] & whole[:, None], other=0.0)
         scores = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE) * scale
-        own = slot[None, :] == (used + node)[:, None]
-        if TREE:
-            bit = slot - (used + n - width)
-            named = ((sees[:, None] >> tl.minimum(tl.maximum(bit, 0), 63).to(tl.int64)[None, :]) & 1) == 1
-            seen = (bit < 0)[None, :] | (named & (bit < width)[None, :]) | own
-        else:
-            seen = slot[None, :] <= (used + node)[:, None]
-        scores = tl.where(seen & inside[None, :], scores, float("-inf"))
+        # Before the window everything is seen by all.
+        if start + BLOCK_N > window:
+            if TREE:
+                bit = slot - window
+                named = ((sees[:, None] >> tl.minimum(tl.maximum(bit, 0), 63).to(tl.int64)[None, :]) & 1) == 1
+                own = slot[None, :] == (used + node)[:, None]
+                seen = (bit < 0)[None, :] | (named & (bit < width)[None, :]) | own
+            else:
+                seen = slot[None, :] <= (used + node)[:, None]
+            scores = tl.where(seen & inside[None, :], scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 1))
         # A node that has seen nothing yet: any finite reference gives it weights of exactly 0.
         reference = tl.where(raised == float("-inf"), 0.0, raised)
