@@ -46,6 +46,7 @@ class _Network(NamedTuple):
     spec: Spec
     embedding: Float[Tensor, "v h"]
     angles: Float[Tensor, " half_d"]
+    radii: Float[Tensor, " half_d"]
     layers: tuple[LayerWeights, ...]
     final_norm: Float[Tensor, " h"]
     head: Affine
@@ -89,7 +90,7 @@ def pack_fused(
     """The forward over weights that stay as they are; see `decoder._Run` for its arguments."""
     made = tuple(layers)
     last = ends()
-    network = _Network(spec, last.embedding, angles, made, last.final_norm.weight, last.head)
+    network = _Network(spec, last.embedding, angles, torch.ones_like(angles), made, last.final_norm.weight, last.head)
 
     def run(
         cache: KVCache,
@@ -152,7 +153,7 @@ def _attention(
     """The function from a layer's index and its projected heads `[b n all_heads * d]` to the mixed values `[b n h]`."""
     spec, slots = network.spec, cache.store.slots[0]
     (rows, n), size = window.slots.shape, spec.head_size
-    rotation = _rotation(network.angles, window.positions)
+    rotation = _rotation(network, window.positions)
     mix: Callable[[Tensor, Tensor, Tensor], Tensor]
     if visible is not None and visible.shape[2] > MAX_WIDTH:
         mix = partial(_mix_dense, additive_mask(cache, window, visible, dtype))
@@ -197,10 +198,9 @@ def _mix_dense(
     return mixed.transpose(1, 2).contiguous()
 
 
-def _rotation(angles: Float[Tensor, " half_d"], positions: Int[Tensor, "b n"]) -> Float[Tensor, "b n half_d 2"]:
+def _rotation(network: _Network, positions: Int[Tensor, "b n"]) -> Float[Tensor, "b n half_d 2"]:
     """Cosine and sine of each position and pair of channels, from float32 angles as in training."""
-    turned = positions[:, :, None] * angles
-    return torch.stack((turned.cos(), turned.sin()), -1)
+    return torch.view_as_real(torch.polar(network.radii, positions[:, :, None] * network.angles))
 
 
 def _head(head: Affine, kernels: _Kernels, states: Float[Tensor, "b n h"], few: bool) -> Float[Tensor, "b n v"]:
