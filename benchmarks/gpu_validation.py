@@ -260,7 +260,7 @@ def doctor(context: Context) -> Iterator[Row]:
 def tests(context: Context) -> Iterator[Row]:
     """The tests of kernels, graphs and backends on this device; the logs stay beside the results."""
     there = sorted(ROOT.glob("property_tests/test_backends_agree*.py"))
-    paths = [str(path.relative_to(ROOT)) for path in there] + ["tests/kernels"]
+    paths = [str(path.relative_to(ROOT)) for path in there] + ["property_tests/test_law_triton.py", "tests/kernels"]
     if context.dry:
         paths = ["tests/kernels/test_graphs.py"]
     checked = importlib.util.find_spec("beartype") is not None
@@ -268,11 +268,10 @@ def tests(context: Context) -> Iterator[Row]:
     if checked:
         addopts += " --jaxtyping-packages=specdec,specdec_kernels,beartype.beartype"
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    for path in paths:
-        if context.left() < 5:
-            yield {"tests": path, "skipped": "no time left"}
-            continue
-        yield _logged(context, f"pytest {path}", [*command, "-o", f"addopts={addopts}", path], checked=checked)
+    if importlib.util.find_spec("xdist") is not None:
+        # Most of the time goes to compiling kernels, which processes do side by side.
+        command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    yield _logged(context, "pytest", [*command, "-o", f"addopts={addopts}", *paths], checked=checked, paths=paths)
 
 
 def sanitizer(context: Context) -> Iterator[Row]:
