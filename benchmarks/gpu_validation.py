@@ -328,6 +328,8 @@ def exercise(context: Context) -> None:
     sampled = Sampling(temperature=0.8, top_k=40, top_p=0.9)
     for policy, sampling, drafter in (
         (policies.greedy(), Sampling(), drafters.ngram()),
+        (policies.greedy(), Sampling(), drafters.suffix()),
+        (policies.lossless(), sampled, drafters.suffix(nodes=5)),
         (policies.greedy(), Sampling(), drafters.draft_model(draft, mode="greedy", branching=(2, 2))),
         (policies.lossless(), sampled, drafters.draft_model(draft, branching=(2, 1))),
         (policies.block(), sampled, drafters.draft_model(draft)),

@@ -98,3 +98,11 @@ def test_chain_and_root_only_are_well_formed(rows, m, data):
     check_proposal(proposal)
     assert torch.equal(proposal.shape.deepest, count)
     assert torch.equal(tree.root_only(root).shape.deepest, torch.zeros_like(count))
+
+
+def test_trees_made_on_the_host_lie_where_the_text_lies():
+    device = torch.device("meta")
+    for drafts, chain in (([], True), ([(0, 4)], True), ([(0, 4), (0, 5)], False)):
+        packed = tree.pack([(3, drafts), (3, [])], chain, device)
+        fields = (packed.tokens, packed.parents, packed.valid, packed.sampled)
+        assert {field.device for field in fields} == {device}

@@ -48,9 +48,7 @@ def root_only(root: Int[Tensor, " b"]) -> Proposal:
     return Proposal(root[:, None], *arrays.lone_roots(len(root), root.device), None, True, True)
 
 
-def pack(
-    trees: Sequence[tuple[int, Sequence[tuple[int, int]]]], chain: bool, device: torch.device | str = "cpu"
-) -> Proposal:
+def pack(trees: Sequence[tuple[int, Sequence[tuple[int, int]]]], chain: bool, device: torch.device) -> Proposal:
     """Point-mass trees made on the host: of each row the root's token and its drafts as (parent, token) in order.
 
     Rows are padded to the largest by copies of the root that hang on the node before them. `chain`: every row is one.

@@ -160,8 +160,8 @@ def suffix(*, min_match: int = 1, min_share: float = 0.0, nodes: int = 0) -> Dra
             _draft(automaton, depth, budget, 1 if nodes == 0 else budget, min_match, max(min_share, least))
             for automaton, depth, least in zip(automata, plan.depth.tolist(), worth, strict=True)
         ]
-        trees = tree.pack([(automaton.last, row) for automaton, row in zip(automata, drafts, strict=True)], nodes == 0)
-        return trees, state.drafter, 0
+        trees = [(automaton.last, row) for automaton, row in zip(automata, drafts, strict=True)]
+        return tree.pack(trees, nodes == 0, state.tokens.device), state.drafter, 0
 
     return Drafter(
         f"suffix:nodes={nodes}" if nodes else "suffix",
