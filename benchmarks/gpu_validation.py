@@ -308,7 +308,7 @@ def _logged(context: Context, name: str, command: list[str], environ: dict[str, 
         except subprocess.TimeoutExpired:
             code = "ran out of time"
     lines = log.read_text(errors="replace").splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "========= ERROR", "========= Invalid"))]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "========= Invalid"))]
     return {
         "run": name,
         "exit": code,
