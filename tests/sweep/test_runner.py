@@ -245,13 +245,16 @@ torch.set_num_threads(1)
 from specdec.sweep.config import parse_config
 from specdec.sweep.runner import run_sweep
 import json
-config = parse_config(json.loads(sys.argv[2]))
-delay = float(sys.argv[3])
+rows, more = Path(sys.argv[1], "rows.jsonl"), float(sys.argv[3])
+def watch(end):
+    # Kill without warning once the file has grown so far: at any byte of what follows.
+    while rows.stat().st_size < end:
+        time.sleep(0.001)
+    os.kill(os.getpid(), 9)
 def started(plan):
-    # Kill without warning, counted from the first sample; the delay is random, so it hits any byte.
-    if delay >= 0:
-        threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), 9)), daemon=True).start()
-run_sweep(config, Path(sys.argv[1]), started=started)
+    if more >= 0:
+        threading.Thread(target=watch, args=(rows.stat().st_size + more,), daemon=True).start()
+run_sweep(parse_config(json.loads(sys.argv[2])), Path(sys.argv[1]), started=started)
 """
 
 
@@ -262,11 +265,12 @@ def test_killed_sweeps_resume_to_the_rows_of_an_undisturbed_one(make_config: Mak
     settings = {"temperature": 1, "drafter": ["suffix", "model"], "batch_size": 2, "iterations": iterations}
     config = make_config(**settings)
     run_sweep(config, tmp_path / "whole")
+    share = (tmp_path / "whole" / ROWS).stat().st_size / (kills + 1)
     pick = random.Random(0)
     codes = []
     for _ in range(kills):
         command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), json.dumps(config.effective())]
-        done = subprocess.run([*command, str(pick.uniform(0.0, 0.3))], check=False, capture_output=True)
+        done = subprocess.run([*command, str(pick.uniform(0.0, share))], check=False, capture_output=True)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
         codes.append(done.returncode)
     assert -signal.SIGKILL in codes
