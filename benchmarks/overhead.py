@@ -7,11 +7,14 @@ to itself is the noise of the machine.
 python benchmarks/overhead.py --out docs/results/overhead.jsonl
 """
 
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,29 +82,55 @@ def timing_cost(new_tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def sweep_cost(new_tokens: int) -> dict[str, Any]:
-    """Seconds of a sweep before, during and after its samples, and those that its rows say were decoding."""
-    settings = {"drafter": ["ngram", "suffix"], "k": "2,4", "max_new_tokens": new_tokens, "iterations": 1, "warmup": 0}
-    config = parse_config({"model": MODEL, **settings})
+def sweep_cost(new_tokens: int, iterations: int) -> dict[str, Any]:
+    """Seconds of a process that sweeps, from before its start to behind its end, by what it does. `overhead`: the share
+    of everything but decoding; the rounds of the warm-up are decoding, too."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        marks = [time.perf_counter()]
-        run_sweep(config, folder, started=lambda plan: marks.append(time.perf_counter()))
-        marks.append(time.perf_counter())
-        finish_folder(folder)
-        marks.append(time.perf_counter())
+        command = [sys.executable, __file__, "--new-tokens", str(new_tokens), "--iterations", str(iterations)]
+        begin = time.time()
+        done = subprocess.run([*command, "--sweep-into", temporary], capture_output=True, text=True, check=True)
+        end = time.time()
         rows = list(read_rows(folder / ROWS))
-    start, run, finish = (end - begin for begin, end in pairwise(marks))
+    at = {"begin": begin, **json.loads(done.stdout.splitlines()[-1]), "end": end}
     decoding = sum(row["batch_wall_s"] for row in rows)
+    # Warming up tells when it begins, and ends where the first sample begins.
+    first = datetime.fromisoformat(rows[0]["finished_at"]).timestamp() - rows[0]["batch_wall_s"]
+    warm_up, process = first - at["warming up"], end - begin
     return {
         "samples": len(rows),
-        "start_s": start,
-        "run_s": run,
-        "finish_s": finish,
+        "process_s": process,
         "decoding_s": decoding,
-        "overhead_of_run": 1 - decoding / run,
-        "overhead_ms_per_sample": 1000 * (run - decoding) / len(rows),
+        "warm_up_s": warm_up,
+        "import_s": at["imported"] - at["begin"],
+        "load_and_describe_s": at["started"] - at["imported"],
+        "loop_s": at["ran"] - first - decoding,
+        "finish_s": at["finished"] - at["ran"],
+        "exit_s": at["end"] - at["finished"],
+        "overhead": 1 - (decoding + warm_up) / process,
+        "overhead_of_loop": 1 - decoding / (at["ran"] - first),
+        "loop_ms_per_sample": 1000 * (at["ran"] - first - decoding) / len(rows),
     }
+
+
+def run_parts(folder: Path, new_tokens: int, iterations: int) -> dict[str, float]:
+    """A sweep of a process of its own, and the times at which its parts began or ended."""
+    at = {"imported": time.time()}
+
+    def note(name: str) -> None:
+        at.setdefault(name, time.time())
+
+    settings = {"drafter": ["ngram", "suffix"], "k": "2,4", "max_new_tokens": new_tokens, "iterations": iterations}
+    run_sweep(
+        parse_config({"model": MODEL, **settings}),
+        folder,
+        started=lambda plan: note("started"),
+        progress=lambda stage, done, total: note(stage),
+    )
+    note("ran")
+    finish_folder(folder)
+    note("finished")
+    return at
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -112,11 +141,16 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 @click.command()
 @click.option("--new-tokens", default=64, show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="Of the ten prompts, for the step.")
+@click.option("--iterations", default=3, show_default=True, help="Of the sweep.")
+@click.option("--sweep-into", type=click.Path(path_type=Path), hidden=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Append the rows and their provenance there.")
-def main(new_tokens: int, repeats: int, out: Path | None) -> None:
-    settings = {"model": MODEL, "new_tokens": new_tokens, "repeats": repeats}
+def main(new_tokens: int, repeats: int, iterations: int, sweep_into: Path | None, out: Path | None) -> None:
+    if sweep_into is not None:
+        click.echo(json.dumps(run_parts(sweep_into, new_tokens, iterations)))
+        return
+    settings = {"model": MODEL, "new_tokens": new_tokens, "repeats": repeats, "iterations": iterations}
     with torch.inference_mode():
-        measured = {"timing": timing_cost(new_tokens, repeats), "sweep": sweep_cost(new_tokens)}
+        measured = {"timing": timing_cost(new_tokens, repeats), "sweep": sweep_cost(new_tokens, iterations)}
     for kind, found in measured.items():
         click.echo(f"{kind}: {found}")
         if out is not None:

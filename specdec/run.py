@@ -9,8 +9,8 @@ from specdec.cache import keep
 from specdec.metrics import summarize
 from specdec.sampling import Sampling
 from specdec.state import init_state, output_tokens
-from specdec.step import build_step
-from specdec.text import TextRule, iterate_text
+from specdec.step import build_step, iterate
+from specdec.text import TextRound, TextRule, iterate_text
 from specdec.transforms import Parts, spanned_function, timed_parts, with_timing
 from specdec.types import STOP_REASONS, DecodeState, StepInfo
 from specdec_kernels.clock import Clock
@@ -19,12 +19,13 @@ _WARM_UP_ROUNDS = 3
 
 
 class Job(NamedTuple):
-    """What is to be decoded, and how: `prompts` are the rows of one batch, `seeds` one number or one a row."""
+    """What is to be decoded, and how: `prompts` are the rows of one batch, `seeds` one number or one a row. `rule`: how
+    tokens become text round by round; `None` where nobody reads along."""
 
     parts: Parts
     prompts: Sequence[Sequence[int]]
     sampling: Sampling
-    rule: TextRule
+    rule: TextRule | None
     eos_ids: tuple[int, ...]
     max_new_tokens: int
     seeds: int | Sequence[int] = 0
@@ -32,7 +33,8 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The state after a round, what the round added to each row's text, and the seconds by phase since the beginning.
+    """The state after a round, what the round added to each row's text (nothing where the job has no rule for it), and
+    the seconds by phase since the beginning.
 
     `info`: what happened in the round; `None` after the prefill.
     """
@@ -70,10 +72,17 @@ def decode_rounds(job: Job) -> Iterator[Progress]:
         seed=job.seeds,
     )
     seconds = {"prefill": clock.now() - begin}
-    yield Progress(state, [""] * len(job.prompts), seconds)
-    for done in iterate_text(step, state, job.rule):
-        timing = done.info.timing or {}
-        seconds = {name: seconds.get(name, 0.0) + timing.get(name, 0.0) for name in sorted({*seconds, *timing})}
+    silence = [""] * len(job.prompts)
+    yield Progress(state, silence, seconds)
+    rounds = (
+        (TextRound(*after, silence) for after in iterate(step, state))
+        if job.rule is None
+        else iterate_text(step, state, job.rule)
+    )
+    for done in rounds:
+        seconds = seconds.copy()
+        for name, more in (done.info.timing or {}).items():
+            seconds[name] = seconds.get(name, 0.0) + more
         yield Progress(done.state, done.pieces, seconds, done.info)
 
 

@@ -21,6 +21,8 @@ _REPLACEMENT = "\ufffd"
 # Invalid bytes could go on for ever. Past so many tokens all but the last three characters of them are shown as they
 # are: a beginning of a character is at most three bytes. Three characters are at most twelve tokens.
 _MAX_WINDOW, _MAX_INCOMPLETE, _MIN_WINDOW = 64, 3, 12
+# Tokens before the text that are looked at.
+_CONTEXT = 16
 
 
 class TextRule(NamedTuple):
@@ -79,7 +81,7 @@ def build_rule(tokenizer: Any, *, stops: Sequence[str] = (), hidden: Iterable[in
 def init_text(rule: TextRule, context: Sequence[int] = ()) -> TextState:
     """The state before the first token. `context`: the tokens before it, of which the last few are read, so that a
     leading space is kept where the text continues another."""
-    visible = [token for token in context if token not in rule.hidden]
+    visible = [token for token in context[-_CONTEXT:] if token not in rule.hidden]
     for count in range(1, min(len(visible), 8) + 1):
         window = tuple(visible[-count:])
         text = rule.decode(window)
@@ -112,6 +114,12 @@ def finish(state: TextState, rule: TextRule) -> str:
         return ""
     text, held, stop = _release(state.held + rule.decode(state.window)[state.shown :], rule.stops)
     return text if stop is not None else text + held
+
+
+def text_of(tokens: Sequence[int], rule: TextRule, context: Sequence[int] = ()) -> str:
+    """The text that `tokens` add to that of `context`: what `iterate_text` gives piece by piece, at once."""
+    state, piece = feed(init_text(rule, context), tokens, rule)
+    return piece.text + finish(state, rule)
 
 
 def iterate_text(step: Step[Any, Any], state: DecodeState[Any, Any], rule: TextRule) -> Iterator[TextRound]:
@@ -178,7 +186,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)
 
 
-def _last_tokens(state: DecodeState[Any, Any], count: int = 16) -> list[list[int]]:
-    index = state.length[:, None] - torch.arange(count, 0, -1, device=state.length.device)
+def _last_tokens(state: DecodeState[Any, Any]) -> list[list[int]]:
+    index = state.length[:, None] - torch.arange(_CONTEXT, 0, -1, device=state.length.device)
     last = state.tokens.gather(1, index.clamp_min(0)).tolist()
     return [row[-length:] for row, length in zip(last, state.length.tolist(), strict=True)]

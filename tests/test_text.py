@@ -17,7 +17,7 @@ from specdec.policies import lossless
 from specdec.sampling import Sampling
 from specdec.state import init_state, output_tokens
 from specdec.step import build_step
-from specdec.text import Piece, TextRule, TextState, build_rule, feed, finish, init_text, iterate_text
+from specdec.text import Piece, TextRule, TextState, build_rule, feed, finish, init_text, iterate_text, text_of
 from specdec.types import STOPPED_LENGTH, STOPPED_TEXT, DecodeState
 
 SAMPLE = "Grüße, 日本語 🙂👩‍👩‍👧 and plain text.\n\n" * 3
@@ -31,6 +31,7 @@ def fold(rule: TextRule, chunks: Sequence[Sequence[int]], context: Sequence[int]
         pieces.append(piece.text)
         kept += piece.kept
     pieces.append(finish(state, rule))
+    assert text_of([token for chunk in chunks for token in chunk], rule, context) == "".join(pieces)
     return "".join(pieces), kept, pieces
 
 

@@ -20,7 +20,7 @@ from specdec.step import check_parts
 from specdec.sweep.config import Config
 from specdec.sweep.grid import Cell
 from specdec.target import load_target
-from specdec.text import build_rule
+from specdec.text import TextRule, build_rule
 from specdec.transforms import Parts
 from specdec.types import Draws, Model, Policy, Proposal, Target, Verdict, implementations
 
@@ -29,11 +29,13 @@ DRY_MODEL = "tabular:sharpness=4"
 
 
 class Prepared(NamedTuple):
-    """A cell ready to run: `job` lacks its prompts. `laws`: where the policy leaves what it judged, when asked to."""
+    """A cell ready to run: `job` lacks its prompts, and a rule for text, which `rule` makes of the tokens afterwards.
+    `laws`: where the policy leaves what it judged, when asked to."""
 
     cell: Cell
     loaded: Loaded
     job: Job
+    rule: TextRule
     laws: "Laws | None"
 
 
@@ -170,11 +172,11 @@ def _prepare(
         ),
         prompts=(),
         sampling=sampling,
-        rule=build_rule(loaded.tokenizer, hidden=loaded.eos_ids),
+        rule=None,
         eos_ids=() if config.ignore_eos else loaded.eos_ids,
         max_new_tokens=cell.max_new_tokens,
     )
-    return Prepared(cell, loaded, job, laws)
+    return Prepared(cell, loaded, job, build_rule(loaded.tokenizer, hidden=loaded.eos_ids), laws)
 
 
 def _dry_drafter(choice: Choice) -> Choice:

@@ -7,6 +7,7 @@ contexts of rows (`specdec.sweep.contexts`) are kept in the same way, and reach 
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,8 @@ class Journal:
         self._folder = folder
         self._lock = FileLock(folder / LOCK)
         self._files: dict[str, int] = {}
+        # Waiting for a disk is no work: it is done beside the next sample, and costs that nothing.
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self.torn = 0
 
     def __enter__(self) -> "Journal":
@@ -48,13 +51,18 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._writer.shutdown()
         while self._files:
             os.close(self._files.popitem()[1])
         self._lock.release()
 
-    def append(self, rows: Sequence[str], contexts: Sequence[str] = ()) -> None:
-        """Add rows, and the contexts that no row has named before (JSON without line breaks); they are on the disk when
-        this returns, or no row counts."""
+    def append(self, rows: Sequence[str], contexts: Sequence[str] = ()) -> Future[None]:
+        """Begin to add rows, and the contexts that no row has named before (JSON without line breaks). They are on the
+        disk when the future has its result, and before all that is appended later; leaving the journal waits for it.
+        """
+        return self._writer.submit(self._write, rows, contexts)
+
+    def _write(self, rows: Sequence[str], contexts: Sequence[str]) -> None:
         for name, lines in ((CONTEXTS, contexts), (ROWS, rows)):
             if lines:
                 self._append(self._files[name], "".join(line + "\n" for line in lines).encode())

@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -145,6 +146,7 @@ def git_state(here: Path = Path(__file__).parent) -> dict[str, Any] | None:
         return None
 
 
+@cache
 def packages() -> dict[str, str]:
     """Every installed distribution."""
     found = {str(item.metadata["Name"]): item.version for item in distributions() if item.metadata["Name"]}

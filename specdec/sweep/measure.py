@@ -3,7 +3,11 @@
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from specdec.metrics import summarize
 from specdec.models.report import one_line
@@ -14,6 +18,7 @@ from specdec.sweep.contexts import Context
 from specdec.sweep.prompts import Prompt
 from specdec.sweep.row import Row
 from specdec.target import check_length, encode_messages
+from specdec.text import text_of
 from specdec.trace.recorder import Choices, Recorder
 from specdec.trace.records import Trace
 from specdec_kernels.memory import memory, reset_peaks
@@ -37,18 +42,28 @@ class Decoded(NamedTuple):
     context: Context
 
 
+class _Round(NamedTuple):
+    """What is kept of a round until the batch is decoded: [b] of each tensor, which stays on its device. `seconds`:
+    since the beginning; `timing`: of the round; `alpha`: see `Laws.alpha`."""
+
+    length: Tensor
+    depth: Tensor
+    running: Tensor
+    accepted: Tensor
+    seconds: Mapping[str, float]
+    timing: Mapping[str, float]
+    alpha: tuple[list[float], list[int]] | None
+
+
 class _Course(NamedTuple):
-    """What the rounds of a batch tell beyond the last state; by row."""
+    """A decoded batch: its last state, and by round and row what its rounds were."""
 
     last: Progress
-    texts: list[str]
-    lengths: list[list[int]]
-    depths: list[list[int]]
-    finished: list[Mapping[str, float]]
-    first: list[float]
-    alpha: list[float]
-    positions: list[int]
-    rounds: list[dict[str, float]]
+    rounds: list[_Round]
+    length: list[list[int]]
+    depth: list[list[int]]
+    running: list[list[bool]]
+    accepted: list[list[int]]
     memory: dict[str, float]
 
 
@@ -63,6 +78,7 @@ def decode_samples(
     A sample whose prompt cannot be encoded, or does not fit, fails alone; whatever else goes wrong fails the batch.
     Failures are rows, too.
     """
+    detailed = config.detailed_metrics or config.profile
     rows: dict[int, Decoded] = {}
     encoded: dict[int, list[int]] = {}
     for place, sample in enumerate(samples):
@@ -77,12 +93,12 @@ def decode_samples(
         try:
             recorder = _recorder(prepared._replace(job=job), config) if config.trace and traced else None
             job = job if recorder is None else recorder.job
-            course = _follow(prepared._replace(job=job), recorder, detailed=config.detailed_metrics or config.profile)
+            course = _follow(prepared._replace(job=job), recorder)
             if recorder is not None and traced is not None:
                 for place, trace in zip(places, recorder.traces(), strict=True):
                     traced(samples[place], trace)
             for row, place in enumerate(places):
-                rows[place] = _finished(prepared, samples[place], encoded[place], course, row)
+                rows[place] = _finished(prepared, samples[place], encoded[place], course, row, detailed=detailed)
         except Exception as error:
             rows.update({place: _failed(prepared, samples[place], error) for place in places})
     return [rows[place] for place in range(len(samples))]
@@ -111,75 +127,64 @@ def _recorder(prepared: Prepared, config: Config) -> Recorder:
     return Recorder(prepared.job, Choices(cell.drafter, cell.policy, cell.controller), limit=config.trace_limit)
 
 
-def _follow(prepared: Prepared, recorder: Recorder | None = None, *, detailed: bool) -> _Course:
-    """Decode the batch and note what happens round by round."""
-    rows = len(prepared.job.prompts)
-    texts, lengths, depths = [""] * rows, [[] for _ in range(rows)], [[] for _ in range(rows)]  # type: ignore[var-annotated]
-    finished: list[Mapping[str, float]] = [{}] * rows
-    first, alpha, positions = [0.0] * rows, [0.0] * rows, [0] * rows
-    rounds: list[dict[str, float]] = []
-    before = [len(prompt) for prompt in prepared.job.prompts]
+def _follow(prepared: Prepared, recorder: Recorder | None = None) -> _Course:
+    """Decode the batch and note what happens round by round. Whatever can wait does: between two rounds the processor's
+    caches hold the model, and Python takes several times as long."""
+    rounds: list[_Round] = []
     last: Progress | None = None
     reset_peaks(prepared.job.parts.model.device)
     for progress in decode_rounds(prepared.job):
         if recorder is not None:
             recorder.observe(progress)
-        if progress.info is not None:
-            now, depth = progress.state.length.tolist(), _depths(progress)
-            done, ran = progress.state.done.tolist(), progress.info.running.tolist()
-            law, count = prepared.laws.alpha() if prepared.laws is not None else ([0.0] * rows, [0] * rows)
-            for row in range(rows):
-                texts[row] += progress.pieces[row]
-                if not ran[row]:
-                    continue
-                lengths[row].append(now[row] - before[row])
-                depths[row].append(depth[row])
-                alpha[row] += law[row]
-                positions[row] += count[row]
-                first[row] = first[row] or progress.wall_s
-                if done[row]:
-                    finished[row] = progress.seconds
-            before = now
-            if detailed:
-                rounds.append(
-                    {
-                        "accepted": float(progress.info.verdict.num_accepted.sum()),
-                        "proposed": float(sum(depth)),
-                        **(progress.info.timing or {}),
-                    }
+        if (info := progress.info) is not None:
+            rounds.append(
+                _Round(
+                    progress.state.length,
+                    info.proposal.shape.deepest,
+                    info.running,
+                    info.verdict.num_accepted,
+                    progress.seconds,
+                    info.timing or {},
+                    prepared.laws.alpha() if prepared.laws is not None else None,
                 )
+            )
         last = progress
     assert last is not None
-    used = memory(prepared.job.parts.model.device)
-    return _Course(last, texts, lengths, depths, finished, first, alpha, positions, rounds, used)
+
+    def read(name: str) -> list[list[Any]]:
+        values: list[list[Any]] = torch.stack([getattr(done, name) for done in rounds]).tolist()
+        return values
+
+    by_round = {name: read(name) for name in ("length", "depth", "running", "accepted")}
+    return _Course(last, rounds, memory=memory(prepared.job.parts.model.device), **by_round)
 
 
-def _depths(progress: Progress) -> list[int]:
-
-    assert progress.info is not None
-    return list(progress.info.proposal.shape.deepest.tolist())
-
-
-def _finished(prepared: Prepared, sample: Sample, prompt: Sequence[int], course: _Course, row: int) -> Decoded:
+def _finished(
+    prepared: Prepared, sample: Sample, prompt: Sequence[int], course: _Course, row: int, *, detailed: bool
+) -> Decoded:
+    rounds = [place for place, ran in enumerate(course.running) if ran[row]]
+    lengths = [len(prompt), *(course.length[place][row] for place in rounds)]
+    laws = [law for place in rounds if (law := course.rounds[place].alpha) is not None]
+    positions = sum(count[row] for _, count in laws)
+    ended = course.rounds[rounds[-1]]
     tokens = token_ids(course.last, row)
     counts = summarize(course.last.state.metrics, [row])
-    seconds = split_seconds(course.finished[row])
-    wall, first = seconds["wall_s"], course.first[row]
+    seconds = split_seconds(ended.seconds)
+    wall, first = seconds["wall_s"], split_seconds(course.rounds[rounds[0]].seconds)["wall_s"]
     context = Context(sample.prompt.turns[sample.turn], prepared.loaded.tokenizer.decode(list(prompt)), tuple(prompt))
-    later = len(tokens) - course.lengths[row][0]
-    positions = course.positions[row]
+    later = len(tokens) - (lengths[1] - lengths[0])
     return _row(
         prepared,
         sample,
         context,
         success=True,
         completion_token_ids=tokens,
-        completion_text=course.texts[row],
+        completion_text=text_of(tokens, prepared.rule, prompt),
         stop_reason=stop_reason(course.last, row),
         **{name: counts[name] for name in _COUNTS},
-        accept_lengths=course.lengths[row],
-        drafted_depths=course.depths[row],
-        alpha=course.alpha[row] / positions if positions else None,
+        accept_lengths=[after - before for before, after in pairwise(lengths)],
+        drafted_depths=[course.depth[place][row] for place in rounds],
+        alpha=sum(overlap[row] for overlap, _ in laws) / positions if positions else None,
         alpha_positions=positions,
         batch_tokens=course.last.emitted,
         **{name: value for name, value in seconds.items() if name != "decode_s"},
@@ -189,8 +194,15 @@ def _finished(prepared: Prepared, sample: Sample, prompt: Sequence[int], course:
         batch_wall_s=course.last.wall_s,
         memory_mib={name: round(size, 1) for name, size in course.memory.items()},
         # Those of the batch, once.
-        round_seconds=course.rounds if row == 0 and course.rounds else None,
+        round_seconds=_round_seconds(course) if detailed and row == 0 else None,
     )
+
+
+def _round_seconds(course: _Course) -> list[dict[str, float]]:
+    return [
+        {"accepted": float(sum(accepted)), "proposed": float(sum(depth)), **done.timing}
+        for done, accepted, depth in zip(course.rounds, course.accepted, course.depth, strict=True)
+    ]
 
 
 _COUNTS = (

@@ -1,6 +1,7 @@
 """Running a sweep: every sample of every cell once, in an order that is fair to all cells, into a run folder."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -98,7 +99,8 @@ def run_sweep(
 ) -> Plan:
     """Run what is missing of a sweep in `folder`, and return what there was to do.
 
-    `started` hears the plan, then `finished` every new row, once it is on the disk. Whatever ends the process, the same
+    `started` hears the plan, then `finished` every new row, once it is on the disk, which it gets to while the next
+    batch is decoded. Whatever ends the process, the same
     call goes on behind the last row. `prompts` and `costs` stand for the configuration's own (`reproduce`). `execute`:
     what decodes, in place of this process (`specdec.sweep.cluster`). Raises `ValueError` for a folder that was made by
     another configuration, or other prompts or weights.
@@ -131,6 +133,17 @@ def run_sweep(
         if config.detailed_metrics:
             _record_operations(folder, bench, chosen[0], config, progress)
         run = execute or partial(run_here, progress=progress)
+        begun: list[tuple[Future[None], list[Row]]] = []
+
+        def settle() -> None:
+            """Wait for what was begun to be written, and tell of it."""
+            while begun:
+                written, rows = begun.pop()
+                written.result()
+                for row in rows:
+                    if finished is not None:
+                        finished(row)
+
         for done in run(bench, config, chosen, schedule(cells, chosen, config.iterations), answers):
             for key, trace in done.traces:
                 # Before its row: a row that is there has its trace.
@@ -138,12 +151,13 @@ def run_sweep(
             # A batch of which some rows were there is decoded whole, and a worker that is lost decodes twice.
             rows = [row for row in done.rows if row.key not in answers]
             fresh = {context.id: context for context in done.contexts if context.id not in known_contexts}
-            journal.append([row.model_dump_json() for row in rows], [context.line() for context in fresh.values()])
+            lines = [row.model_dump_json() for row in rows], [context.line() for context in fresh.values()]
+            # The rows before are on the disk before these are begun, which keeps an order and ends the run at an error.
+            settle()
+            begun.append((journal.append(*lines), rows))
             known_contexts |= fresh.keys()
-            for row in rows:
-                answers[row.key] = answer_of(row)
-                if finished is not None:
-                    finished(row)
+            answers |= {row.key: answer_of(row) for row in rows}
+        settle()
         if config.trace:
             stored = read_manifest(folder)
             write_manifest(folder, stored.model_copy(update={"artifacts": stored.artifacts | list_traces(folder)}))

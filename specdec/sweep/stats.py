@@ -231,13 +231,14 @@ def _speedup(pairs: Sequence[tuple[str, str, float, float]]) -> Speedup | None:
 def interval(units: Sequence[float]) -> tuple[float | None, float | None]:
     """95 % bootstrap interval of the mean of independent units: bias-corrected and accelerated (scipy), always with the
     same resamples."""
-    from scipy.stats import bootstrap
-
     if len(units) < _FEWEST_UNITS:
         return None, None
     values = np.asarray(units, dtype=float)
     if values.min() == values.max():
         return float(values[0]), float(values[0])
+    # Importing it costs half a second.
+    from scipy.stats import bootstrap
+
     found = bootstrap(
         (values,),
         np.mean,

@@ -12,7 +12,7 @@ from specdec.sweep.journal import CONTEXTS, ROWS, TORN, Journal, read_rows
 def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
     with Journal(tmp_path / "new" / "run") as journal:
         journal.append(['{"a": 1}', '{"a": 2}'])
-        journal.append(['{"a": 3}'])
+        journal.append(['{"a": 3}']).result()
         assert [row["a"] for row in journal.rows()] == [1, 2, 3]
     assert [row["a"] for row in read_rows(tmp_path / "new" / "run" / ROWS)] == [1, 2, 3]
 
@@ -68,10 +68,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with Journal(tmp_path) as journal:
-        journal.append(['{"a": 1}'])
+        journal.append(['{"a": 1}']).result()
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            journal.append(['{"a": 2}'])
+            journal.append(['{"a": 2}']).result()
         monkeypatch.setattr(os, "write", write)
         journal.append(['{"a": 3}'])
     assert [row["a"] for row in read_rows(tmp_path / ROWS)] == [1, 3]

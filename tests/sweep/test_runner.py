@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from specdec.sweep.config import Config
 from specdec.sweep.contexts import read_contexts
 from specdec.sweep.finish import finish_folder
 from specdec.sweep.grid import expand
-from specdec.sweep.journal import ROWS, read_rows
+from specdec.sweep.journal import ROWS, Journal, read_rows
 from specdec.sweep.manifest import Manifest, git_state, read_manifest, schema_text
 from specdec.sweep.row import TIMING_FIELDS, Row, without_timing
 from specdec.sweep.runner import run_sweep
@@ -235,6 +235,22 @@ def test_interrupt_leaves_whole_rows_and_resumes(
     plan = run_sweep(make_config(), tmp_path / "run")
     assert (plan.done, plan.total) == (3, 6)
     assert len(list(read_rows(tmp_path / "run" / ROWS))) == 6
+
+
+def test_a_row_that_cannot_be_written_ends_the_sweep(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, heard = Journal._write, list[Row]()
+
+    def full(journal: Journal, rows: Sequence[str], contexts: Sequence[str]) -> None:
+        if len(list(journal.rows())) == 2:
+            raise OSError(28, "No space left on device")
+        write(journal, rows, contexts)
+
+    monkeypatch.setattr(Journal, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_sweep(make_config(), tmp_path / "run", finished=heard.append)
+    assert len(heard) == len(list(read_rows(tmp_path / "run" / ROWS))) == 2
 
 
 CHILD = """
