@@ -39,7 +39,7 @@ _EXPECTED_ROWS = 8
 
 # What runs on a CPU, and in which formats it keeps float32 weights; `fp32` elsewhere means: as they are.
 ON_CPU = ("cpu", "onednn", "fbgemm", "torch")
-_FORMATS = {"cpu": ("fp32", "fp16", "bf16", "int8", "int8b", "int4"), "fbgemm": ("fp16",)}
+_FORMATS = {"cpu": ("fp32", "fp16", "bf16", "int8", "int4"), "fbgemm": ("fp16",)}
 
 # Rows of a plain round, of a short draft and of a long one.
 ROWS = (1, 4, 8)

@@ -181,7 +181,7 @@ def _packed(
         )
     reason = problem(source.folder)
     if reason is not None:
-        raise ModelError(f"{source.folder} is damaged ({reason}); quantize the model again")
+        raise ModelError(f"{source.folder} cannot be read ({reason}); quantize the model again")
     weights, format = read_packed(source.folder, config)
     if quantize not in (None, format):
         raise ModelError(f"{label} is packed in {format}, not {quantize}; leave quantize out")

@@ -17,12 +17,10 @@ from specdec.models.checkpoint import LayerWeights, Reader
 from specdec.models.families import FAMILIES
 from specdec.models.report import ModelError, Progress, one_line, silent
 from specdec.models.source import PACKED
+from specdec.models.store import LAYOUT
 from specdec.models.weights import read_tensors, write_tensors
 from specdec_kernels.cpu.packed import Arena
 from specdec_kernels.cpu.weights import Ends, PackedModel, matrices_of, misfit, model_of, pack_model, tensors_of
-
-# Raised whenever the layout of `specdec_kernels.cpu.packed` or what is written about it changes.
-_LAYOUT = 1
 
 
 def pack_checkpoint(
@@ -66,7 +64,7 @@ def write_packed(folder: Path, config: Any, model: PackedModel, format: str) -> 
     """Write configuration and weights into `folder`; `format` is what the user calls them."""
     stated = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     (folder / "config.json").write_text(json.dumps(stated, indent=2, default=str) + "\n", encoding="utf-8")
-    about = {"layout": _LAYOUT, "format": format, "matrices": matrices_of(model)}
+    about = {"layout": LAYOUT, "format": format, "matrices": matrices_of(model)}
     write_tensors(folder / PACKED, tensors_of(model), {"specdec": json.dumps(about)})
 
 
@@ -80,7 +78,7 @@ def read_packed(folder: Path, config: Any) -> tuple[PackedModel, str]:
         layout, format, matrices = about["layout"], str(about["format"]), about["matrices"]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} was not written by specdec; quantize the model again") from error
-    if layout != _LAYOUT:
+    if layout != LAYOUT:
         raise ModelError(f"{path} was written by another version of specdec; quantize the model again")
     try:
         model = model_of(tensors, matrices)

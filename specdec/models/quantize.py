@@ -106,8 +106,11 @@ def _install(folder: Path, origin: Mapping[str, Any], build: Build, progress: Pr
     marker = read_marker(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         same = marker is not None and all(marker["source"].get(key) == value for key, value in origin.items())
-        if same and problem(folder) is None:
+        reason = problem(folder)
+        if same and reason is None:
             return folder
+        if same:
+            raise ModelError(f"{folder} holds this model, {reason}; remove it and quantize again")
         raise ModelError(f"{folder} holds something else; remove it, or name another folder with --out")
     return install(folder, lambda work: {**origin, **build(work, progress)}, progress)
 

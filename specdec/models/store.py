@@ -31,6 +31,10 @@ MARKER = "specdec.json"
 # Raised whenever what a conversion writes changes, so that older folders are built again.
 _FORMAT = 1
 
+# The same for folders of packed weights: raised whenever the layout of `specdec_kernels.cpu.packed`, or what is written
+# about it, changes.
+LAYOUT = 2
+
 
 class StoredModel(NamedTuple):
     """A model the store knows. `size_bytes` is what it occupies, 0 when not `present`; `source` says where from."""
@@ -185,6 +189,8 @@ def problem(folder: Path) -> str | None:
         return "incomplete"
     if marker["format"] != _FORMAT:
         return "made by another version of specdec"
+    if "weights" in marker["source"] and marker.get("layout") != LAYOUT:
+        return "packed by another version of specdec"
     for name, entry in marker["files"].items():
         path = folder / name
         if not path.is_file():
@@ -244,6 +250,7 @@ def _seal(work: Path, source: Mapping[str, Any], progress: Progress) -> None:
         _sync(path)
     marker = {
         "format": _FORMAT,
+        "layout": LAYOUT,
         "source": dict(source),
         "versions": {name: _version(name) for name in ("specdec-lab", "gguf", "tokenizers", "transformers")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

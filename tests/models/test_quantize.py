@@ -153,6 +153,22 @@ def test_a_damaged_folder_is_refused(make_folder, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def outdated(folder):
+    """The folder as a version with another layout left it: its marker names none."""
+    marker = json.loads((folder / store.MARKER).read_text())
+    del marker["layout"]
+    (folder / store.MARKER).write_text(json.dumps(marker))
+
+
+def test_a_folder_of_another_layout_is_refused(make_folder, tmp_path):
+    source = str(make_folder("llama"))
+    folder = quantize(source, "int8", tmp_path / "packed")
+    outdated(folder)
+    with pytest.raises(ModelError, match="packed by another version of specdec"):
+        load(str(folder), device="cpu")
+    assert "packed by another version of specdec; remove it" in refusal(source, "int8", folder)
+
+
 def test_a_truncated_folder_is_refused(make_folder, tmp_path):
     folder = quantize(str(make_folder("llama")), "int8", tmp_path / "packed")
     os.truncate(folder / "packed.safetensors", 5000)

@@ -9,16 +9,14 @@ format  bytes per weight  arithmetic
 fp32    4                 float32
 fp16    2                 float32, weights rounded to float16
 bf16    2                 float32, weights rounded to bfloat16
-int8    1                 integers: weights up to 127 times a scale per output channel, inputs up to 32767 times a
-                          scale per row
-int8b   1.06              the same with a float16 scale per output and 32 input channels: GGUF's Q8_0, bit for bit
+int8    1.06              integers: weights up to 127 times a float16 scale per output and 32 input channels, GGUF's
+                          Q8_0 bit for bit
 int4    0.63              integers: weights 0 to 15 times a float16 scale plus a float16 minimum per output and 32
-                          input channels, GGUF's Q4_1 and Q4_0 bit for bit; inputs up to 127 times a scale per row
-                          and 32 channels
+                          input channels, GGUF's Q4_1 and Q4_0 bit for bit
 ======  ================  =====================================================================================
 
-Inputs of int8 are 16 bits wide because that costs nothing: without an instruction for sums of int8 products, the
-processor multiplies int16 anyway. So int8 loses what rounding its weights loses, and no more.
+Inputs of integer formats are rounded to 127 levels to each side of zero, with a float32 scale per row and 16 channels.
+Sums over 16 channels are exact, on every processor.
 
 Every result is the same bits whatever other rows are in the call and however many threads compute it: an output is
 one chain of operations in the order of the input channels.
@@ -32,17 +30,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 from torch.nn import functional
 
 from specdec_kernels.cpu import library
 
-FORMATS = ("fp32", "fp16", "bf16", "int8", "int8b", "int4")
+FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 PANEL = 16
 GROUP = 32
+# Channels whose inputs share a scale.
+INPUT_GROUP = 16
 # Bytes of 32 channels of a row in a GGUF file: Q8_0 and Q4_1.
-BLOCK_BYTES = {"int8b": 34, "int4": 20}
+BLOCK_BYTES = {"int8": 34, "int4": 20}
 _STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # How far the range of a group of int4 shrinks in the fit, in levels. Of normal weights, 0.077 of the norm is lost
 # without a fit, 0.074 with the first of these, 0.072 with all four, and no less with eight.
@@ -129,8 +129,7 @@ def pack(
             return padded.to(_STORED[format]).view(-1, PANEL, columns).transpose(1, 2), None
         if format == "int4":
             return _interleave(format, *fit_int4(padded, counted))
-        per_row = format == "int8"
-        return _interleave(format, *_int8(padded, *((columns, torch.float32) if per_row else (GROUP, torch.float16))))
+        return _interleave(format, *_int8(padded))
 
     return _keep(format, out_features, in_features, map(encode, torch.split(weight.detach(), _ROWS)), bias, allocate)
 
@@ -142,7 +141,7 @@ def pack_blocks(
     *,
     allocate: Allocate | None = None,
 ) -> Packed:
-    """Rows of a GGUF file's Q8_0 or Q4_1 blocks, which their length tells apart, in the layout of the kernels: int8b
+    """Rows of a GGUF file's Q8_0 or Q4_1 blocks, which their length tells apart, in the layout of the kernels: int8
     and int4 without loss.
 
     A block of 32 channels is a float16 scale, for Q4_1 a float16 minimum, and 32 int8, or 16 bytes whose low nibbles
@@ -154,7 +153,7 @@ def pack_blocks(
 
     def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
         padded = functional.pad(rows, (0, 0, 0, -len(rows) % PANEL)).view(-1, in_features // GROUP, BLOCK_BYTES[format])
-        if format == "int8b":
+        if format == "int8":
             scales, values = padded[..., :2], padded[..., 2:].contiguous().view(torch.int8)
         else:
             scales, values = padded[..., :4], torch.cat([padded[..., 4:] & 15, padded[..., 4:] >> 4], -1)
@@ -171,18 +170,16 @@ def block_format(row_bytes: int, in_features: int) -> str | None:
 
 def columns_of(format: str, in_features: int) -> int:
     """Input channels padded to what the format needs."""
-    unit = {"int8": 2, "int8b": GROUP, "int4": GROUP}.get(format, 1)
+    unit = 1 if format in _STORED else GROUP
     return -(-in_features // unit) * unit
 
 
 def sizes_of(format: str, out_features: int, in_features: int) -> tuple[int, int]:
     """Bytes of `Packed.data` and of `Packed.scales`."""
-    rows, columns = -(-out_features // PANEL) * PANEL, columns_of(format, in_features)
-    groups = columns // GROUP
+    weights = -(-out_features // PANEL) * PANEL * columns_of(format, in_features)
     if format in _STORED:
-        return rows * columns * _STORED[format].itemsize, 0
-    scales = {"int8": 4 * rows, "int8b": 2 * rows * groups, "int4": 4 * rows * groups}[format]
-    return rows * columns // (2 if format == "int4" else 1), scales
+        return weights * _STORED[format].itemsize, 0
+    return (weights, 2 * weights // GROUP) if format == "int8" else (weights // 2, 4 * weights // GROUP)
 
 
 def adopt(
@@ -242,22 +239,21 @@ def _interleave(format: str, values: Tensor, scales: Tensor) -> tuple[Tensor, Te
     """Integers `[out, columns]` and their scales `[out, groups]` or `[out, groups, 2]` in panels."""
     columns = values.shape[1]
     spread = scales.view(-1, PANEL, *scales.shape[1:]).movedim(1, -1)
-    if format != "int4":
-        return values.view(-1, PANEL, columns // 2, 2).transpose(1, 2), spread
+    if format == "int8":
+        return values.view(-1, PANEL, columns // 4, 4).transpose(1, 2), spread
     # [panels, 16, columns] to [panels, columns / 4, half, 8 * 4]: low nibbles are the first 8 outputs.
     quads = values.view(-1, 2, PANEL // 2, columns // 4, 4).permute(0, 3, 1, 2, 4)
     return quads[:, :, 0] | quads[:, :, 1] << 4, spread
 
 
-def _int8(rows: Float[Tensor, "out in"], size: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Integers up to 127 and their scales `[out, groups]` of `size` channels."""
-    groups = rows.view(len(rows), -1, size)
-    scale = groups.abs().amax(2) / 127.0
-    kept = scale.to(stored)
+def _int8(rows: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"], Float[Tensor, "out groups"]]:
+    """Integers up to 127 and the float16 scales of their groups."""
+    groups = rows.view(len(rows), -1, GROUP)
+    kept = (groups.abs().amax(2) / 127.0).half()
     wide = kept.float()
     safe = torch.where(wide > _TINY, wide, 1.0)
     values = (groups / safe[:, :, None]).round().clamp(-127, 127)
-    return values.to(torch.int8).flatten(1), torch.where(wide > _TINY, kept, 0.0)
+    return values.to(torch.int8).flatten(1), kept
 
 
 def fit_int4(
@@ -336,8 +332,8 @@ def unpack(packed: Packed) -> Float[Tensor, "out in"]:
         affine = packed.scales.view(torch.float16).float().view(len(values), -1, 2, PANEL)
         scales, minima = (part.transpose(1, 2).reshape(rows, -1) for part in affine.unbind(2))
     else:
-        values = packed.data.view(torch.int8).view(-1, columns // 2, PANEL, 2).transpose(1, 2)
-        stored = packed.scales.view(torch.float32 if format == "int8" else torch.float16).float()
+        values = packed.data.view(torch.int8).view(-1, columns // 4, PANEL, 4).transpose(1, 2)
+        stored = packed.scales.view(torch.float16).float()
         scales = stored.view(len(values), -1, PANEL).transpose(1, 2).reshape(rows, -1)
         minima = torch.zeros_like(scales)
     groups = values.reshape(rows, scales.shape[1], -1).float()
@@ -392,14 +388,13 @@ def rounded(packed: Packed, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*row
     """The inputs as a product over `packed` sees them, in float64."""
     if packed.format in _STORED:
         return x.double()
-    top, size = (127.0, GROUP) if packed.format == "int4" else (32767.0, x.shape[-1])
-    padded = functional.pad(x, (0, -x.shape[-1] % size))
-    groups = padded.view(*x.shape[:-1], -1, size)
+    padded = functional.pad(x, (0, -x.shape[-1] % INPUT_GROUP))
+    groups = padded.view(*x.shape[:-1], -1, INPUT_GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
     used = largest >= _TINY
     safe = torch.where(used, largest, 1.0)
-    inverse = torch.where(used, torch.full_like(safe, top) / safe, 0.0)
-    values = (groups * inverse).round().double() * torch.where(used, safe / top, 0.0).double()
+    inverse = torch.where(used, torch.full_like(safe, 127.0) / safe, 0.0)
+    values = (groups * inverse).round().double() * torch.where(used, safe / 127.0, 0.0).double()
     return values.flatten(-2)[..., : x.shape[-1]]
 
 

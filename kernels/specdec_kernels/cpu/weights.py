@@ -119,7 +119,7 @@ def head_format_of(format: str) -> str:
 
     It decides between tokens and is the part that suffers most from four bits, so it keeps eight.
     """
-    return "int8b" if format == "int4" else format
+    return "int8" if format == "int4" else format
 
 
 def pack_model(

@@ -6,11 +6,10 @@ namespace specdec {
 
 constexpr int PANEL = 16;  // outputs whose weights are interleaved
 
-enum Format : int32_t { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT8B = 4, INT4 = 5 };
+enum Format : int32_t { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
 
 // A packed weight matrix of `out` rows and `in` columns; `columns` is `in` padded to what the format needs.
-// `scales`: float32 [panels, 16] for int8, float16 [panels, columns / 32, 16] for int8b, float16
-// [panels, columns / 32, 2, 16] for int4, scales before minima.
+// `scales`: float16, [panels, columns / 32, 16] for int8, [panels, columns / 32, 2, 16] for int4, scales before minima.
 struct Matrix {
     int32_t format;
     int64_t out;

@@ -1,7 +1,11 @@
 // The few vector operations that the kernels are written in, once per instruction set.
 //
-// `F`: W float32 lanes. `I`: W int32 lanes. `H`: 2 W int16 lanes, pairs of neighbours belonging to one int32 lane.
-// `N`: the accumulator of `dot4`. Every operation rounds as IEEE 754 says; none is approximate.
+// `F`: W float32 lanes. `I`: W int32 lanes. Every operation rounds as IEEE 754 says; none is approximate.
+//
+// `dot4` adds products of 4 channels to each of W sums. Weights: `Bytes` (int8) or `Nibbles` (0 to 15) of 4 channels of 16
+// outputs, in parts of W outputs. Inputs: `Quad`, the 4 channels of one row, -127 to 127. Bytes are `OFFSET` above the
+// weights where the instruction wants them without sign, so sums over them start at -OFFSET times the sum of the inputs.
+// Sums are exact: those over nibbles for up to 32 channels (in an `N`, which `finish` turns into an `I`).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -42,7 +46,6 @@ constexpr int MAX_ROWS = 6;      // 6 x 2 accumulators, 2 weights and 1 input fi
 constexpr int MAX_ROWS_INT = 6;  // 12 accumulators, 2 weights, 1 input, 1 product
 using F = __m256;
 using I = __m256i;
-using H = __m256i;
 using N = __m256i;
 
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -92,10 +95,7 @@ inline F load_bf16(const uint16_t* p) {
 }
 inline I izero() { return _mm256_setzero_si256(); }
 inline I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
-inline H load_pairs(const int8_t* p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline H broadcast_pair(const int16_t* p) { return _mm256_set1_epi32(load_int32(p)); }
+inline I iset1(int32_t a) { return _mm256_set1_epi32(a); }
 // Written out, because g++ 12 otherwise reassociates sums of integers, and spills them in the innermost loops.
 inline __m256i accumulate16(__m256i c, __m256i a) {
     asm("vpaddw %1, %0, %0" : "+x"(c) : "x"(a));
@@ -105,8 +105,7 @@ inline __m256i accumulate32(__m256i c, __m256i a) {
     asm("vpaddd %1, %0, %0" : "+x"(c) : "x"(a));
     return c;
 }
-inline I dot2(I c, H a, H b) { return accumulate32(c, _mm256_madd_epi16(a, b)); }
-// Weights of 4 channels of 16 outputs: low nibbles hold the first 8 outputs, high nibbles the others.
+// Low nibbles hold the first 8 outputs, high nibbles the others.
 struct Nibbles {
     __m256i part[2];
 };
@@ -123,9 +122,22 @@ inline N dot4(N c, const Nibbles& w, int part, Quad x) {
     return accumulate16(c, _mm256_maddubs_epi16(w.part[part], x));
 }
 inline I finish(N a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
-inline void store_int16(int16_t* p, I a) {
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, a), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+constexpr int32_t OFFSET = 0;
+struct Bytes {
+    __m256i size[2], value[2];
+};
+inline Bytes load_bytes(const int8_t* p) {
+    Bytes b;
+    for (int i = 0; i < 2; ++i) {
+        b.value[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+        b.size[i] = _mm256_abs_epi8(b.value[i]);
+    }
+    return b;
+}
+// The sign of a weight moves to its input; 2 x 128 x 127 fits into int16, so nothing saturates.
+inline I dot4(I c, const Bytes& w, int part, Quad x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.size[part], _mm256_sign_epi8(x, w.value[part]));
+    return accumulate32(c, finish(pairs));
 }
 inline void store_int8(int8_t* p, I a) {
     const __m256i wide = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, a), 0x08);
@@ -141,7 +153,6 @@ constexpr int MAX_ROWS = 8;
 constexpr int MAX_ROWS_INT = 8;
 using F = __m512;
 using I = __m512i;
-using H = __m512i;
 using N = __m512i;
 
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -197,10 +208,7 @@ inline F load_bf16(const uint16_t* p) {
 }
 inline I izero() { return _mm512_setzero_si512(); }
 inline I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
-inline H load_pairs(const int8_t* p) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline H broadcast_pair(const int16_t* p) { return _mm512_set1_epi32(load_int32(p)); }
+inline I iset1(int32_t a) { return _mm512_set1_epi32(a); }
 struct Nibbles {
     __m512i part[1];
 };
@@ -214,9 +222,16 @@ using Quad = __m512i;
 inline Quad broadcast_quad(const int8_t* p) { return _mm512_set1_epi32(load_int32(p)); }
 inline N nzero() { return _mm512_setzero_si512(); }
 #if defined(SPECDEC_VNNI)
-inline I dot2(I c, H a, H b) { return _mm512_dpwssd_epi32(c, a, b); }
 inline N dot4(N c, const Nibbles& w, int part, Quad x) { return _mm512_dpbusd_epi32(c, w.part[part], x); }
 inline I finish(N a) { return a; }
+constexpr int32_t OFFSET = 128;
+struct Bytes {
+    __m512i part[1];
+};
+inline Bytes load_bytes(const int8_t* p) {
+    return {{_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))}};
+}
+inline I dot4(I c, const Bytes& w, int part, Quad x) { return _mm512_dpbusd_epi32(c, w.part[part], x); }
 #else
 // As for AVX2.
 inline __m512i accumulate16(__m512i c, __m512i a) {
@@ -227,15 +242,24 @@ inline __m512i accumulate32(__m512i c, __m512i a) {
     asm("vpaddd %1, %0, %0" : "+v"(c) : "v"(a));
     return c;
 }
-inline I dot2(I c, H a, H b) { return accumulate32(c, _mm512_madd_epi16(a, b)); }
 inline N dot4(N c, const Nibbles& w, int part, Quad x) {
     return accumulate16(c, _mm512_maddubs_epi16(w.part[part], x));
 }
 inline I finish(N a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
-#endif
-inline void store_int16(int16_t* p, I a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+constexpr int32_t OFFSET = 0;
+struct Bytes {
+    __m512i size;
+    __mmask64 negative;
+};
+inline Bytes load_bytes(const int8_t* p) {
+    const __m512i value = _mm512_loadu_si512(p);
+    return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
 }
+inline I dot4(I c, const Bytes& w, int, Quad x) {
+    const __m512i turned = _mm512_mask_sub_epi8(x, w.negative, _mm512_setzero_si512(), x);
+    return accumulate32(c, finish(_mm512_maddubs_epi16(w.size, turned)));
+}
+#endif
 inline void store_int8(int8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
 }
@@ -248,7 +272,6 @@ constexpr int MAX_ROWS = 4;
 constexpr int MAX_ROWS_INT = 4;
 using F = float32x4_t;
 using I = int32x4_t;
-using H = int16x8_t;
 using N = int32x4_t;
 
 inline F load(const float* p) { return vld1q_f32(p); }
@@ -278,12 +301,7 @@ inline F load_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16
 inline F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline I izero() { return vdupq_n_s32(0); }
 inline I iadd(I a, I b) { return vaddq_s32(a, b); }
-inline H load_pairs(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
-inline H broadcast_pair(const int16_t* p) { return vreinterpretq_s16_s32(vdupq_n_s32(load_int32(p))); }
-inline I dot2(I c, H a, H b) {
-    const I low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
-    return vaddq_s32(c, vpaddq_s32(low, vmull_high_s16(a, b)));
-}
+inline I iset1(int32_t a) { return vdupq_n_s32(a); }
 struct Nibbles {
     int8x16_t part[4];
 };
@@ -295,13 +313,19 @@ inline Nibbles load_nibbles(const uint8_t* p) {
 using Quad = int8x16_t;
 inline Quad broadcast_quad(const int8_t* p) { return vreinterpretq_s8_s32(vdupq_n_s32(load_int32(p))); }
 inline N nzero() { return vdupq_n_s32(0); }
-inline N dot4(N c, const Nibbles& w, int part, Quad x) {
+// 2 x 128 x 127 fits into int16.
+template <class Weights>
+inline I dot4(I c, const Weights& w, int part, Quad x) {
     const int16x8_t low = vmull_s8(vget_low_s8(w.part[part]), vget_low_s8(x));
     const int16x8_t high = vmull_high_s8(w.part[part], x);
     return vaddq_s32(c, vpaddlq_s16(vpaddq_s16(low, high)));
 }
 inline I finish(N a) { return a; }
-inline void store_int16(int16_t* p, I a) { vst1_s16(p, vqmovn_s32(a)); }
+constexpr int32_t OFFSET = 0;
+struct Bytes {
+    int8x16_t part[4];
+};
+inline Bytes load_bytes(const int8_t* p) { return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}}; }
 inline void store_int8(int8_t* p, I a) {
     const int16x4_t wide = vqmovn_s32(a);
     const int8x8_t narrow = vqmovn_s16(vcombine_s16(wide, wide));
@@ -319,9 +343,6 @@ struct F {
 };
 struct I {
     int32_t v[W];
-};
-struct H {
-    int16_t v[2 * W];
 };
 using N = I;
 
@@ -375,19 +396,7 @@ inline F load_bf16(const uint16_t* p) {
 }
 inline I izero() { SPECDEC_LANES(I, 0); }
 inline I iadd(I a, I b) { SPECDEC_LANES(I, a.v[i] + b.v[i]); }
-inline H load_pairs(const int8_t* p) {
-    H r;
-    for (int i = 0; i < 2 * W; ++i) r.v[i] = p[i];
-    return r;
-}
-inline H broadcast_pair(const int16_t* p) {
-    H r;
-    for (int i = 0; i < 2 * W; ++i) r.v[i] = p[i % 2];
-    return r;
-}
-inline I dot2(I c, H a, H b) {
-    SPECDEC_LANES(I, c.v[i] + a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1]);
-}
+inline I iset1(int32_t a) { SPECDEC_LANES(I, a); }
 struct Nibbles {
     int8_t part[4][16];
 };
@@ -404,14 +413,21 @@ struct Quad {
 };
 inline Quad broadcast_quad(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline N nzero() { return izero(); }
-inline N dot4(N c, const Nibbles& w, int part, Quad x) {
+template <class Weights>
+inline I dot4(I c, const Weights& w, int part, Quad x) {
     for (int i = 0; i < W; ++i)
         for (int j = 0; j < 4; ++j) c.v[i] += w.part[part][4 * i + j] * x.v[j];
     return c;
 }
 inline I finish(N a) { return a; }
-inline void store_int16(int16_t* p, I a) {
-    for (int i = 0; i < W; ++i) p[i] = static_cast<int16_t>(a.v[i]);
+constexpr int32_t OFFSET = 0;
+struct Bytes {
+    int8_t part[4][16];
+};
+inline Bytes load_bytes(const int8_t* p) {
+    Bytes r;
+    std::memcpy(r.part, p, sizeof(r.part));
+    return r;
 }
 inline void store_int8(int8_t* p, I a) {
     for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(a.v[i]);

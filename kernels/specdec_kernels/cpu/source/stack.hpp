@@ -49,10 +49,9 @@ inline float unpacked(const Matrix& m, int64_t panel, int64_t lane, int64_t k) {
                    half_to_float(affine[PANEL]);
         }
         default: {
-            const int8_t q = static_cast<const int8_t*>(m.data)[(panel * m.columns + k / 2 * 2) * PANEL + 2 * lane +
-                                                                k % 2];
-            return static_cast<float>(q) * (m.format == INT8 ? static_cast<const float*>(m.scales)[panel * PANEL + lane]
-                                                             : half_to_float(halves[group * PANEL + lane]));
+            const int64_t quad = (panel * m.columns + k / 4 * 4) * PANEL;
+            const int8_t q = static_cast<const int8_t*>(m.data)[quad + 4 * lane + k % 4];
+            return static_cast<float>(q) * half_to_float(halves[group * PANEL + lane]);
         }
     }
 }
@@ -389,7 +388,6 @@ inline StackCall cut_stack(const Stack& s, const Call& call, Cutter cutter, std:
         Input in = take_input(cutter, nodes, columns);
         in.x = x;
         in.x_stride = columns;
-        // Padded channels have weight zero, but what they are multiplied with must be a number of the right size.
         if (in.quantized != nullptr) clear_input(in, nodes);
         return in;
     };
