@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from typing import NamedTuple
 
 import pytest
@@ -301,6 +302,23 @@ def test_a_forked_process_has_threads_of_its_own():
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "llama-odd"])
+def test_what_a_forward_spends_is_its_time_and_changes_no_bit(kind, threads):
+    stack = build_pair(kind, "int8").stack
+    tokens = random_tokens(1, 6)
+    spent = torch.zeros(threads, len(library.WORKS), dtype=torch.int64)
+    expected = run_chain(stack, empty_slots(stack, 1), tokens, threads=threads).logits
+    begin = time.perf_counter_ns()
+    found = run_chain(stack, empty_slots(stack, 1), tokens, threads=threads, spent=spent).logits
+    passed = time.perf_counter_ns() - begin
+    assert torch.equal(found, expected)
+    # A thread that came late may have found all its work done.
+    assert spent[0].sum() > 0 and (spent.sum(1) <= passed).all()
+    works = [work for work in library.WORKS if threads > 1 or work != "wait"]
+    assert all(spent[:, library.WORKS.index(work)].sum() > 0 for work in works)
+
+
 def test_what_lies_outside_memory_raises():
     stack = build_pair("llama").stack
     slots, tokens = empty_slots(stack, 1), random_tokens(1, 3)
@@ -314,6 +332,8 @@ def test_what_lies_outside_memory_raises():
         run_chain(stack, slots.expand(-1, 2, -1, -1, -1), tokens.expand(2, -1))
     with pytest.raises(ValueError, match="groups of slots"):
         run_chain(stack, slots[:4], tokens)
+    with pytest.raises(ValueError, match="spent is"):
+        run_chain(stack, slots, tokens, threads=2, spent=torch.zeros(1, len(library.WORKS), dtype=torch.int64))
 
 
 def test_architectures_it_does_not_compute_are_refused():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specdec_kernels.compiling import BuildError, build_once, compiler_version, run, run_all
 
-__all__ = ["SOURCE", "BuildError", "compile_flags", "library_path"]
+__all__ = ["SOURCE", "BuildError", "compile_flags", "find_compiler", "library_path"]
 
 SOURCE = Path(__file__).parent / "source"
 
@@ -30,9 +30,9 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512, "avx512vnni.cpp": (*_AVX512, "-mavx512vnni")}
 
 
-def compile_flags() -> tuple[str, ...]:
-    """What every source is compiled with, whatever it targets."""
-    return _COMMON
+def compile_flags(instruction_set: str = "portable") -> tuple[str, ...]:
+    """What the source of an instruction set is compiled with, beside the macros that it defines itself."""
+    return (*_COMMON, *_flags().get(f"{instruction_set}.cpp", ()))
 
 
 def library_path() -> Path:
@@ -40,12 +40,13 @@ def library_path() -> Path:
     the reason if it cannot be."""
     if platform.system() == "Windows":
         raise BuildError("is not written for Windows")
-    compiler = _compiler()
+    compiler = find_compiler()
     key = (compiler_version(compiler), platform.machine(), repr(_COMMON), repr(_flags()))
     return build_once("kernels", key, SOURCE.iterdir(), lambda folder: _compile(compiler, folder))
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """`CXX`, else the first C++ compiler there is; raises `BuildError` where there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
@@ -58,11 +59,10 @@ def _flags() -> dict[str, tuple[str, ...]]:
 
 
 def _compile(compiler: str, folder: Path) -> Path:
-    flags = _flags()
     commands, objects = [], []
     for source in sorted(SOURCE.glob("*.cpp")):
         objects.append(str(folder / f"{source.stem}.o"))
-        commands.append([compiler, *_COMMON, *flags.get(source.name, ()), "-c", str(source), "-o", objects[-1]])
+        commands.append([compiler, *compile_flags(source.stem), "-c", str(source), "-o", objects[-1]])
     run_all(commands)
     library = folder / "kernels.so"
     run([compiler, *_COMMON, "-shared", *objects, "-o", str(library)])

@@ -81,7 +81,13 @@ class Call(ctypes.Structure):
         ("best_value", c_void_p),
         ("num_layers", c_int32),
         ("threads", c_int32),
+        ("spent", c_void_p),
     )
+
+
+# What a thread does in a forward, as the kernels count it. `prepare`: norms and the rounding of inputs; `feed`: gate,
+# up and what joins them; `wait`: for the other threads.
+WORKS = ("start", "prepare", "qkv", "rotate", "attend", "out", "feed", "down", "head", "wait")
 
 
 class Library(NamedTuple):

@@ -156,6 +156,7 @@ def stack_forward(
     num_layers: int | None = None,
     threads: int | None = None,
     instruction_set: str | None = None,
+    spent: Int[Tensor, "threads works"] | None = None,
 ) -> StackResult:
     """Run `tokens` (or embedded tokens) through the stack, writing keys and values to `slots` at `slot_index`.
 
@@ -163,6 +164,7 @@ def stack_forward(
     sees a slot at or past `extent`. Without `mask`, node i of a row sees the slots up to `length + i`. With it, a node
     sees the slots before `mask_start` (default 0) and those of the w slots from there on that its row of the mask
     names; itself always. `num_layers`: run the first layers only. `best` without `logits` never writes the logits.
+    `spent`: nanoseconds that each thread spent on each of `library.WORKS` are added to it (int64).
 
     Raises `IndexError` for a token that is not in the vocabulary and for slots outside the cache.
     """
@@ -196,6 +198,9 @@ def stack_forward(
         library.check_tensor("mask", mask, torch.bool, (rows, n, width))
         mask_start = torch.zeros_like(length) if mask_start is None else mask_start.contiguous()
         library.check_tensor("mask_start", mask_start, torch.int64, (rows,))
+    threads = threads or torch.get_num_threads()
+    if spent is not None:
+        library.check_tensor("spent", spent, torch.int64, (threads, len(library.WORKS)))
     result = StackResult(
         torch.empty(rows, n, stack.hidden) if states else None,
         torch.empty(rows, n, stack.vocab_size) if logits else None,
@@ -220,7 +225,8 @@ def stack_forward(
         width,
         *(library.pointer(tensor) for tensor in result),
         count,
-        threads or torch.get_num_threads(),
+        threads,
+        library.pointer(spent),
     )
     library.check_status(kernels.stack(name.encode(), ctypes.byref(stack.structure), ctypes.byref(call)))
     return result

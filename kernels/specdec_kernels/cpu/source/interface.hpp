@@ -56,7 +56,11 @@ struct Call {
     float* best_value;  // [rows, nodes]
     int32_t num_layers;
     int32_t threads;
+    int64_t* spent;  // [threads, NUM_WORKS] nanoseconds are added to, or null
 };
+
+// What a thread does in a forward. PREPARE: norms and the rounding of inputs. FEED: gate, up and what joins them.
+enum Work : int32_t { START, PREPARE, QKV, ROTATE, ATTEND, OUT, FEED, DOWN, HEAD, WAIT, NUM_WORKS };
 
 enum Problem : int32_t { NONE = 0, BAD_TOKEN = 1, BAD_SLOT = 2, NO_MEMORY = 3 };
 

@@ -10,8 +10,11 @@
 // many threads spinning as there are cores.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+
+#include "interface.hpp"
 
 namespace specdec {
 
@@ -31,16 +34,30 @@ struct Member {
     Team& team;
     int thread;
     int64_t phase;
+    int64_t* spent = nullptr;  // [NUM_WORKS], where its time is measured
+    int64_t since = 0;
 };
+
+inline int64_t nanoseconds() {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Where time is measured, what has passed since the last call went into `work`.
+inline void spend(Member& me, Work work) {
+    if (me.spent == nullptr) return;
+    const int64_t now = nanoseconds();
+    me.spent[work] += now - me.since;
+    me.since = now;
+}
 
 void wait_for(const Counter& done, int64_t tasks);
 
 // Runs `function(task)` for all tasks of the next phase, shared among the team; returns when all of them are done.
 template <class Function>
-inline void each(Member& me, int64_t tasks, Function function) {
+inline void each(Member& me, Work work, int64_t tasks, Function function) {
     if (me.team.threads == 1) {
         for (int64_t task = 0; task < tasks; ++task) function(task);
-        return;
+        return spend(me, work);
     }
     const int64_t index = me.phase++;
     if (index < me.team.reached->load(std::memory_order_acquire)) return;
@@ -57,9 +74,11 @@ inline void each(Member& me, int64_t tasks, Function function) {
             ++finished;
         }
     }
+    spend(me, work);
     Counter& done = me.team.done[index];
     if (finished != 0) done.value.fetch_add(finished, std::memory_order_acq_rel);
     if (done.value.load(std::memory_order_acquire) != tasks) wait_for(done, tasks);
+    spend(me, WAIT);
     // Racing threads may set it back by a phase or two, which costs a late one a few looks at phases that are over.
     me.team.reached->store(index + 1, std::memory_order_release);
 }

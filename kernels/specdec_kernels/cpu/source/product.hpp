@@ -283,8 +283,8 @@ inline void one_panel(const Matrix& m, int64_t panel, const Input& in, int64_t r
 
 // All panels of `m`, shared among the team: `done(panel, first row, rows, tile)` receives the outputs.
 template <class Done>
-inline void product(Member& me, const Matrix& m, const Input& in, int64_t rows, Done done) {
-    each(me, panels_of(m), [&](int64_t panel) { one_panel(m, panel, in, rows, done); });
+inline void product(Member& me, Work work, const Matrix& m, const Input& in, int64_t rows, Done done) {
+    each(me, work, panels_of(m), [&](int64_t panel) { one_panel(m, panel, in, rows, done); });
 }
 
 // y [rows, out] gets, or has added to it, the outputs of a panel.
@@ -345,10 +345,12 @@ struct LinearCall {
 
 inline void linear_body(void* context, Member& me) {
     const LinearCall& call = *static_cast<const LinearCall*>(context);
-    if (quantizes(*call.matrix)) each(me, call.rows, [&](int64_t row) { prepare_row(*call.matrix, call.in, row); });
-    product(me, *call.matrix, call.in, call.rows, [&](int64_t panel, int64_t first, int64_t rows, const float* tile) {
+    if (quantizes(*call.matrix))
+        each(me, PREPARE, call.rows, [&](int64_t row) { prepare_row(*call.matrix, call.in, row); });
+    const auto put = [&](int64_t panel, int64_t first, int64_t rows, const float* tile) {
         put_tile(call.y, call.matrix->out, panel, first, rows, tile, false);
-    });
+    };
+    product(me, OUT, *call.matrix, call.in, call.rows, put);
 }
 
 inline int32_t linear(const Matrix& matrix, const float* x, int64_t rows, float* y, int threads) {

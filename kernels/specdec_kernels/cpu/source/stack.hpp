@@ -110,10 +110,11 @@ constexpr int64_t MAX_PARTS = 1 << 21;
 
 template <class Function>
 inline void prepare(const StackCall& c, Member& me, Function function) {
-    if (c.shared) return each(me, c.nodes, function);
+    if (c.shared) return each(me, PREPARE, c.nodes, function);
     // A late thread would prepare for a phase that is over, from what has changed since.
     if (me.team.threads > 1 && me.phase < me.team.reached->load(std::memory_order_acquire)) return;
     for (int64_t at = 0; at < c.nodes; ++at) function(at);
+    spend(me, PREPARE);
 }
 
 // One head of one node after the first product: norm, rotation, and for keys and values the way into the cache.
@@ -219,11 +220,11 @@ inline void attend(const StackCall& c, int64_t layer, Member& me) {
     const Stack& s = *c.stack;
     const int64_t rows = c.call->rows;
     if (c.split)
-        return each(me, rows * c.blocks, [&](int64_t task) {
+        return each(me, ATTEND, rows * c.blocks, [&](int64_t task) {
             attend_part(c, layer, task / c.blocks, task % c.blocks);
         });
     const int64_t together = (c.call->nodes + TOGETHER_NODES - 1) / TOGETHER_NODES;
-    each(me, rows * s.kv_heads * together, [&](int64_t task) {
+    each(me, ATTEND, rows * s.kv_heads * together, [&](int64_t task) {
         attend_whole(c, layer, task / together / s.kv_heads, task / together % s.kv_heads,
                      task % together * TOGETHER_NODES, me.thread);
     });
@@ -244,14 +245,18 @@ inline void run_layer(const StackCall& c, int64_t index, Member& me) {
     if (s.head_size % PANEL == 0) {
         // Heads are whole panels: who computes one finishes it.
         const int64_t each_head = s.head_size / PANEL;
-        each(me, heads, [&](int64_t head) {
+        each(me, QKV, heads, [&](int64_t head) {
             for (int64_t p = 0; p < each_head; ++p)
                 one_panel(layer.qkv, head * each_head + p, own.from_normed, c.nodes, put_mixed);
+            spend(me, QKV);
             for (int64_t at = 0; at < c.nodes; ++at) finish_head(c, layer, index, at, head);
+            spend(me, ROTATE);
         });
     } else {
-        product(me, layer.qkv, own.from_normed, c.nodes, put_mixed);
-        each(me, c.nodes * heads, [&](int64_t task) { finish_head(c, layer, index, task / heads, task % heads); });
+        product(me, QKV, layer.qkv, own.from_normed, c.nodes, put_mixed);
+        each(me, ROTATE, c.nodes * heads, [&](int64_t task) {
+            finish_head(c, layer, index, task / heads, task % heads);
+        });
     }
     attend(c, index, me);
     const auto add_hidden = [&](int64_t panel, int64_t first, int64_t rows, const float* tile) {
@@ -260,21 +265,23 @@ inline void run_layer(const StackCall& c, int64_t index, Member& me) {
     if (c.split || quantizes(layer.out))
         prepare(c, me, [&](int64_t at) {
             if (c.split) merge_parts(c, at, own.attended + at * s.heads * s.head_size);
+            spend(me, ATTEND);
             prepare_row(layer.out, own.from_attended, at);
         });
-    product(me, layer.out, own.from_attended, c.nodes, add_hidden);
+    product(me, OUT, layer.out, own.from_attended, c.nodes, add_hidden);
     prepare(c, me, [&](int64_t at) {
         rms_norm(c.hidden + at * s.hidden, layer.feed_norm, s.hidden, s.norm_eps, own.normed + at * s.hidden);
         prepare_row(layer.gate, own.from_normed, at);
     });
     alignas(64) float up[TILE_ROWS * PANEL];
-    product(me, layer.gate, own.from_normed, c.nodes, [&](int64_t panel, int64_t first, int64_t rows, float* gate) {
+    const auto join = [&](int64_t panel, int64_t first, int64_t rows, float* gate) {
         panel_rows(layer.up, panel, own.from_normed, first, rows, up);
         silu_times(gate, up, gate, rows * PANEL);
         put_tile(c.inner, s.inner, panel, first, rows, gate, false);
-    });
+    };
+    product(me, FEED, layer.gate, own.from_normed, c.nodes, join);
     if (quantizes(layer.down)) prepare(c, me, [&](int64_t at) { prepare_row(layer.down, own.from_inner, at); });
-    product(me, layer.down, own.from_inner, c.nodes, add_hidden);
+    product(me, DOWN, layer.down, own.from_inner, c.nodes, add_hidden);
 }
 
 inline void keep_best(const float* tile, int64_t begin, int64_t count, int64_t rows, int64_t vocab, float* best,
@@ -316,7 +323,7 @@ inline void run_head(const StackCall& c, Member& me) {
     if (!scored && call.states == nullptr) return;
     const Scratch& own = c.scratch[c.shared ? 0 : me.thread];
     if (call.states != nullptr)
-        each(me, c.nodes, [&](int64_t at) {
+        each(me, PREPARE, c.nodes, [&](int64_t at) {
             rms_norm(c.hidden + at * s.hidden, s.final_norm, s.hidden, s.norm_eps, call.states + at * s.hidden);
         });
     if (!scored) return;
@@ -327,7 +334,7 @@ inline void run_head(const StackCall& c, Member& me) {
     const int64_t mine = me.thread * c.nodes, panels = panels_of(s.head);
     // A panel of the head takes a microsecond or two; eight of them keep the threads out of each other's way.
     constexpr int64_t TOGETHER = 8;
-    each(me, (panels + TOGETHER - 1) / TOGETHER, [&](int64_t task) {
+    each(me, HEAD, (panels + TOGETHER - 1) / TOGETHER, [&](int64_t task) {
         for (int64_t panel = task * TOGETHER; panel < least((task + 1) * TOGETHER, panels); ++panel)
             one_panel(s.head, panel, own.from_normed, c.nodes,
                       [&](int64_t, int64_t first, int64_t rows, const float* tile) {
@@ -339,13 +346,18 @@ inline void run_head(const StackCall& c, Member& me) {
     });
     if (call.best != nullptr && me.thread == 0)
         for (int64_t at = 0; at < c.nodes; ++at) merge_best(c, at, me.team.threads);
+    spend(me, HEAD);
 }
 
 inline void stack_body(void* context, Member& me) {
     const StackCall& c = *static_cast<const StackCall*>(context);
     const Stack& s = *c.stack;
     const Call& call = *c.call;
-    each(me, c.nodes, [&](int64_t at) {
+    if (call.spent != nullptr) {
+        me.spent = call.spent + me.thread * NUM_WORKS;
+        me.since = nanoseconds();
+    }
+    each(me, START, c.nodes, [&](int64_t at) {
         c.seen[at] = see(call, at, c.tails + at * call.mask_width);
         float* x = c.hidden + at * s.hidden;
         if (call.tokens != nullptr) embed_row(s, call.tokens[at], x);
