@@ -34,7 +34,7 @@ SIZES = (1, 2, 3, 5, 9, 17)
 _STEADY = 1.5
 
 # Raised whenever what is measured changes, so that older files are measured again.
-_FORMAT = 3
+_FORMAT = 4
 
 T = TypeVar("T")
 

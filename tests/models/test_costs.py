@@ -90,7 +90,7 @@ def test_damaged_file_is_measured_again(
     (path,) = (tmp_path / "costs").iterdir()
     path.write_text(damage)
     assert list(cached_costs(model, repeats=1)) == [*SIZES, 0]
-    assert json.loads(path.read_text())["key"]["format"] == 3
+    assert json.loads(path.read_text())["key"]["format"] == 4
 
 
 def test_store_that_cannot_be_written_is_no_obstacle(
