@@ -86,14 +86,16 @@ def decoder_run(config: Any, tensors: dict[str, torch.Tensor], linear: str, cont
     return run
 
 
-def stack_run(stack: Stack, context: int, *, best: bool = False) -> Run:
+def stack_run(stack: Stack, context: int, *, best: bool = False, spent: torch.Tensor | None = None) -> Run:
     slots = torch.zeros(2 * stack.num_layers, 1, context + max(NODES), stack.kv_heads, stack.head_size)
     length = torch.tensor([context])
 
     def run(n: int) -> None:
         places = context + torch.arange(n)[None]
         tokens = torch.zeros(1, n, dtype=torch.int64)
-        stack_forward(stack, slots, tokens, places, places, length, context + n, logits=not best, best=best)
+        stack_forward(
+            stack, slots, tokens, places, places, length, context + n, logits=not best, best=best, spent=spent
+        )
 
     return run
 
