@@ -154,11 +154,11 @@ def section(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         return " | ".join(f"{value:.2f}" for value in values)
 
     lines = [
-        f"Random weights in the shape of SmolLM2-135M, {settings['context']} cached tokens, {settings['rounds']} rounds, "
-        f"medians, milliseconds; instruction set {settings['instruction_set']}. {origin(about)}",
+        f"Random weights in the shape of SmolLM2-135M, {settings['context']} cached tokens, {settings['rounds']} "
+        f"rounds, medians, milliseconds; instruction set {settings['instruction_set']}. {origin(about)}",
         "",
-        f"All threads together read {gb_s:.1f} GB/s (quartiles {low:.1f} and {high:.1f}). In the first-level cache they "
-        "multiply and add, in 10^9 a second: "
+        f"All threads together read {gb_s:.1f} GB/s (quartiles {low:.1f} and {high:.1f}). In the first-level cache "
+        "they multiply and add, in 10^9 a second: "
         + ", ".join(f"{format} {rate:.0f} ({a:.0f} and {b:.0f})" for format, (rate, a, b) in rates.items())
         + ".",
         "",
