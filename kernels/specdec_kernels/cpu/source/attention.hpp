@@ -42,7 +42,7 @@ inline Seen see(const Call& call, int64_t at, int32_t* tail) {
 template <int Q>
 inline void score(const float* query, const float* keys, const int64_t* offsets, int64_t count, int64_t d, float* p) {
     for (int64_t first = 0; first < count; first += W) {
-        F all[Q][W];
+        F all[Q][W / 4];
         // Four places at a time keep sums and addresses in registers.
 #pragma GCC unroll 1
         for (int i = 0; i < W; i += 4) {
@@ -65,10 +65,9 @@ inline void score(const float* query, const float* keys, const int64_t* offsets,
                     const F y = load_tail(key[j] + k, d - k);
                     for (int q = 0; q < Q; ++q) c[q][j] = fma(load_tail(query + q * d + k, d - k), y, c[q][j]);
                 }
-            for (int q = 0; q < Q; ++q)
-                for (int j = 0; j < 4; ++j) all[q][i + j] = c[q][j];
+            for (int q = 0; q < Q; ++q) all[q][i / 4] = fold(c[q]);
         }
-        for (int q = 0; q < Q; ++q) store(p + q * BLOCK + first, sums(all[q]));
+        for (int q = 0; q < Q; ++q) store(p + q * BLOCK + first, join(all[q]));
     }
 }
 

@@ -6,6 +6,8 @@
 // outputs, in parts of W outputs. Inputs: `Quad`, the 4 channels of one row, -127 to 127. Bytes are `OFFSET` above the
 // weights where the instruction wants them without sign, so sums over them start at -OFFSET times the sum of the inputs.
 // Sums are exact: those over nibbles for up to 32 channels (in an `N`, which `finish` turns into an `I`).
+//
+// `fold` and `join` sum the lanes of W vectors, each by the same tree: `fold` takes 4 vectors, `join` the W / 4 results.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -77,11 +79,9 @@ inline float sum(F a) {
     s = _mm256_hadd_ps(s, s);
     return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
-// The sums of W vectors, each in the order of `sum`.
-inline F sums(const F* a) {
-    const F low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-    const F high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+inline F fold(const F* a) { return _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3])); }
+inline F join(const F* a) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a[0], a[1], 0x20), _mm256_permute2f128_ps(a[0], a[1], 0x31));
 }
 inline float top_lane(F a) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -184,15 +184,13 @@ inline float sum(F a) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-// The sums of W vectors: lane i is the sum of vector i, every one by the same tree.
-inline F sums(const F* a) {
-    F b[8], c[4];
-    for (int i = 0; i < 8; ++i)
-        b[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-    for (int i = 0; i < 4; ++i) {
-        const __m512d low = _mm512_castps_pd(b[2 * i]), high = _mm512_castps_pd(b[2 * i + 1]);
-        c[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-    }
+inline F fold(const F* a) {
+    const F b = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const F c = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512d low = _mm512_castps_pd(b), high = _mm512_castps_pd(c);
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+}
+inline F join(const F* c) {
     F d[2];
     for (int i = 0; i < 2; ++i)
         d[i] = add(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88), _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
@@ -456,11 +454,12 @@ inline float bf16_to_float(uint16_t h) {
 }
 
 #if !defined(SPECDEC_AVX2) && !defined(SPECDEC_AVX512)
-inline F sums(const F* a) {
+inline F fold(const F* a) {
     alignas(64) float lanes[W];
     for (int i = 0; i < W; ++i) lanes[i] = sum(a[i]);
     return load(lanes);
 }
+inline F join(const F* a) { return a[0]; }
 inline float top_lane(F a) {
     alignas(64) float lanes[W];
     store(lanes, a);
