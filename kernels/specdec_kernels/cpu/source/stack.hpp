@@ -103,7 +103,7 @@ struct StackCall {
 };
 
 // Up to so many rows, every thread prepares all inputs for itself: that takes it less time than to wait for another.
-constexpr int64_t OWN_ROWS = 8;
+constexpr int64_t OWN_ROWS = 4;
 
 // Floats that may be kept of blocks; what is kept leaves the cache before it is read.
 constexpr int64_t MAX_PARTS = 1 << 21;
