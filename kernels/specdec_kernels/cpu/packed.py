@@ -124,7 +124,7 @@ def pack(
     counted = None if importance is None else functional.pad(importance.float(), (0, columns - in_features))
 
     def encode(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        padded = functional.pad(rows.float(), (0, columns - in_features, 0, -len(rows) % PANEL))
+        padded = _pad(rows.float(), columns - in_features)
         if format in _STORED:
             return padded.to(_STORED[format]).view(-1, PANEL, columns).transpose(1, 2), None
         if format == "int4":
@@ -152,7 +152,7 @@ def pack_blocks(
         raise ValueError(f"rows of {blocks.shape[1]} bytes are not Q8_0 or Q4_1 blocks of {in_features} channels")
 
     def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
-        padded = functional.pad(rows, (0, 0, 0, -len(rows) % PANEL)).view(-1, in_features // GROUP, BLOCK_BYTES[format])
+        padded = _pad(rows, 0).view(-1, in_features // GROUP, BLOCK_BYTES[format])
         if format == "int8":
             scales, values = padded[..., :2], padded[..., 2:].contiguous().view(torch.int8)
         else:
@@ -211,6 +211,12 @@ def adopt(
         library.pointer(bias),
     )
     return Packed(format, out_features, in_features, data, scales, bias, matrix)
+
+
+def _pad(rows: Tensor, channels: int) -> Tensor:
+    """Rows with so many zeros more, up to whole panels; `pad` would copy where there is nothing to add, too."""
+    missing = (0, channels, 0, -len(rows) % PANEL)
+    return functional.pad(rows, missing) if any(missing) else rows
 
 
 def _keep(
