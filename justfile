@@ -33,7 +33,7 @@ proof *args:
 bench *args:
     {{python}} benchmarks/decode_cpu.py {{args}}
 
-# Registers and spills of the CUDA kernels; needs nvcc and no GPU.
+# Registers and spills of the CUDA kernels; needs nvcc or NVRTC, no GPU.
 cuda-registers:
     {{python}} benchmarks/cuda_registers.py --out docs/results/cuda_registers.json
 

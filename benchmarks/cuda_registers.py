@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every CUDA kernel, as its assembler reports them; needs nvcc and no GPU.
+"""Registers, spills and shared memory of every CUDA kernel, as its assembler reports them; needs nvcc or NVRTC, no GPU.
 
 python benchmarks/cuda_registers.py --out docs/results/cuda_registers.json
 """
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from specdec_kernels.compiling import compiler_version
 from specdec_kernels.cuda.build import BuildError, compile_all, find_compiler
 
 
@@ -18,17 +17,19 @@ from specdec_kernels.cuda.build import BuildError, compile_all, find_compiler
 def main(architectures: tuple[str, ...], out: Path | None) -> None:
     """Compile every CUDA source and say what its kernels use."""
     try:
-        reports = [report._asdict() for report in compile_all(architectures)]
-        compiler = compiler_version(find_compiler()).splitlines()[-2]
+        compiler = find_compiler()
+        reports = [report._asdict() for report in compile_all(architectures, compiler)]
     except BuildError as error:
         raise click.ClickException(f"the CUDA sources: {error}") from error
     columns = list(reports[0])
     click.echo(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for report in reports:
-        click.echo(f"| {' | '.join(str(value) for value in report.values())} |")
+    for kernel in reports:
+        click.echo(f"| {' | '.join(str(value) for value in kernel.values())} |")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"compiler": compiler, "kernels": reports}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"compiler": f"{compiler.name} {compiler.version}", "kernels": reports}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

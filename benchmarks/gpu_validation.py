@@ -228,7 +228,7 @@ def machine(context: Context) -> Iterator[Row]:
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in packages},
         "cuda": torch.version.cuda,
-        "nvcc": said("nvcc", "--version"),
+        "cuda_compiler": _compiler(),
         "cores": os.cpu_count(),
         "device": str(context.device),
     }
@@ -243,6 +243,17 @@ def machine(context: Context) -> Iterator[Row]:
     context.copy_bandwidth = copy_bandwidth(context)
     row |= {"copy_gb_s": context.copy_bandwidth / 1e9, "read_gb_s": read_bandwidth(context) / 1e9}
     yield row
+
+
+def _compiler() -> str:
+    """What CUDA C++ is compiled with, or why it is not."""
+    from specdec_kernels.cuda.build import BuildError, find_compiler
+
+    try:
+        found = find_compiler()
+    except BuildError as error:
+        return str(error)
+    return f"{found.name} {found.version}"
 
 
 def doctor(context: Context) -> Iterator[Row]:

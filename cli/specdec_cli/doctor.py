@@ -57,10 +57,22 @@ def _findings(options: Mapping[str, Any]) -> dict[str, Any]:
         "devices": ["cpu", *_accelerators()],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "cuda_compiler": _cuda_compiler(),
         "implementations": {op: _implementation(op, device, dtype) for op in OPERATIONS},
         "store": str(store_root()),
         "models": {model.name: model.present for model in stored},
     }
+
+
+def _cuda_compiler() -> dict[str, str]:
+    """What would compile CUDA C++, or the `problem` that nothing would."""
+    from specdec_kernels.cuda.build import BuildError, find_compiler
+
+    try:
+        found = find_compiler()
+    except BuildError as error:
+        return {"problem": str(error)}
+    return {"name": found.name, "version": found.version, "path": found.path}
 
 
 def _implementation(op: str, device: Any, dtype: Any) -> dict[str, Any]:

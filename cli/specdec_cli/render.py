@@ -197,6 +197,8 @@ def print_findings(findings: Mapping[str, Any]) -> None:
     table.add_row("  instructions", " ".join(cpu["flags"]) or "unknown")
     table.add_row("devices", ", ".join(findings["devices"]))
     table.add_row("would use", f"{findings['device']}, {findings['dtype']}")
+    compiler = findings["cuda_compiler"]
+    table.add_row("CUDA C++ with", compiler.get("problem") or "{name} {version}, {path}".format(**compiler))
     table.add_row("models in", findings["store"])
     for name, present in findings["models"].items():
         table.add_row(f"  {name}", "present" if present else f"not fetched (specdec models pull {name})")

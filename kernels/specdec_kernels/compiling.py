@@ -17,25 +17,27 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled here; the message is one line."""
 
 
-def build_once(name: str, key: Iterable[str], sources: Iterable[Path], build: Callable[[Path], Path]) -> Path:
-    """The shared library of `sources` in the cache, made now if it is not there yet.
+def build_once(
+    name: str, key: Iterable[str], sources: Iterable[Path], build: Callable[[Path], Path], suffix: str = ".so"
+) -> Path:
+    """What `sources` compile to, in the cache, made now if it is not there yet.
 
     `key` is what else decides its contents, such as compiler and flags. `build` compiles into the folder it is given
     and returns the file it made. Two processes that need it at once compile it once; a process killed while compiling
     leaves nothing behind that looks complete. Raises `BuildError` with the reason if it cannot be compiled.
     """
-    library = _folder() / f"{name}-{_digest(key, sources)}.so"
-    if library.exists():
-        return library
+    made = _folder() / f"{name}-{_digest(key, sources)}{suffix}"
+    if made.exists():
+        return made
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(library.with_suffix(".lock")):
-            if not library.exists():
-                with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
-                    os.replace(build(Path(folder)), library)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(made.with_suffix(".lock")):
+            if not made.exists():
+                with tempfile.TemporaryDirectory(dir=made.parent, prefix=".build-") as folder:
+                    os.replace(build(Path(folder)), made)
     except OSError as error:
-        raise BuildError(f"cannot be compiled into {library.parent} ({error.strerror or error})") from error
-    return library
+        raise BuildError(f"cannot be compiled into {made.parent} ({error.strerror or error})") from error
+    return made
 
 
 @cache

@@ -64,6 +64,7 @@ def test_doctor_says_what_would_run() -> None:
         # Of what does not run, each says why.
         assert {entry["use"], *entry["not"]} == {row.name for row in rows}
         assert all(entry["not"].values())
+    assert found["cuda_compiler"].keys() in ({"name", "version", "path"}, {"problem"})
     assert "smollm2-135m" in found["models"]
     shown = invoke("doctor", "--device", "cpu").stdout
     assert "linear" in shown
@@ -76,6 +77,18 @@ def test_doctor_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     found = json.loads(invoke("doctor", "--json", "--device", "cpu").stdout)
     assert found["implementations"]["linear"]["use"] == "torch"
     assert found["dtype"] == "bfloat16"
+
+
+def test_doctor_names_the_compiler_of_cuda_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho release 1.2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setenv("SPECDEC_CUDA_COMPILER", "nvcc")
+    found = json.loads(invoke("doctor", "--json", "--device", "cpu").stdout)["cuda_compiler"]
+    assert found == {"name": "nvcc", "version": "1.2", "path": str(nvcc)}
+    monkeypatch.setenv("SPECDEC_CUDA_COMPILER", "other")
+    assert "knows no compiler 'other'" in " ".join(invoke("doctor", "--device", "cpu").stdout.split())
 
 
 def test_doctor_profiles_a_model() -> None:

@@ -1,23 +1,50 @@
-"""Compiles the CUDA C++ sources with nvcc, each for one architecture at a time, into specdec's cache folder."""
+"""Compiles the CUDA C++ sources to cubins, one for each architecture, with nvcc or NVRTC, into the cache folder."""
 
 import os
-import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from specdec_kernels.compiling import BuildError, build_once, compiler_version, run, run_all
+from specdec_kernels.compiling import BuildError, build_once, compiler_version, run
+from specdec_kernels.cuda.nvrtc import compile_cubin, find_nvrtc
 
-__all__ = ["SOURCE", "BuildError", "KernelReport", "compile_all", "find_compiler", "library_path", "sources"]
+__all__ = [
+    "COMPILER",
+    "SOURCE",
+    "BuildError",
+    "Compiler",
+    "KernelReport",
+    "compile_all",
+    "cubin_path",
+    "find_compiler",
+    "sources",
+]
 
 SOURCE = Path(__file__).parent
 
-# No --use_fast_math: the CUDA versions must agree with definitions that were not compiled with it. The runtime is
-# linked in, so a library depends on the driver alone and shares the context that torch made.
-_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-cudart", "static", "-shared")
+# The environment variable that names one of `_FINDERS`; unset or `auto`, the first that is here.
+COMPILER = "SPECDEC_CUDA_COMPILER"
+
+# No --use_fast_math: the CUDA versions must agree with definitions that were not compiled with it. What the assembler
+# reports changes no code.
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")
+_NVRTC_FLAGS = ("--std=c++17", "--ptxas-options=-v")
+
+
+class Compiler(NamedTuple):
+    """What makes cubins: `compile(source, architecture, cubin)` writes one and returns what was said of it, or raises
+    `BuildError`. `key` is what a cubin of it depends on besides the sources."""
+
+    name: str
+    version: str
+    path: str
+    key: tuple[str, ...]
+    compile: Callable[[Path, str, Path], str]
 
 
 class KernelReport(NamedTuple):
@@ -33,82 +60,101 @@ class KernelReport(NamedTuple):
 
 
 def sources() -> tuple[str, ...]:
-    """The names that `library_path` takes."""
+    """The names that `cubin_path` takes."""
     return tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
 
 
-def library_path(source: str, architecture: str) -> Path:
-    """The shared library of `{source}.cu` for an architecture such as `sm_90`, compiled now if it is not there yet
-    (see `compiling.build_once`); raises `BuildError` with the reason if it cannot be."""
+def cubin_path(source: str, architecture: str) -> Path:
+    """The cubin of `{source}.cu` for an architecture such as `sm_90`, compiled now if it is not there yet (see
+    `compiling.build_once`); raises `BuildError` with the reason if it cannot be."""
     compiler = find_compiler()
-    key = (compiler_version(compiler), platform.machine(), architecture, repr(_FLAGS))
-    name = f"{source}-{architecture}"
-    return build_once(name, key, _read(source), lambda folder: _link(compiler, source, architecture, folder))
+
+    def build(folder: Path) -> Path:
+        compiler.compile(SOURCE / f"{source}.cu", architecture, folder / "cubin")
+        return folder / "cubin"
+
+    return build_once(f"{source}-{architecture}", (architecture, *compiler.key), _read(source), build, suffix=".cubin")
 
 
-def find_compiler() -> str:
-    """The path of nvcc: the environment's `NVCC`, the toolkit at `CUDA_HOME`, `PATH`, or where toolkits are put."""
+def find_compiler(name: str | None = None) -> Compiler:
+    """The compiler called `name`, `nvcc` or `nvrtc`; by default what `SPECDEC_CUDA_COMPILER` says, else the first of
+    the two that is here. Raises `BuildError` when there is none."""
+    name = name or os.environ.get(COMPILER) or "auto"
+    if name in _FINDERS:
+        return _FINDERS[name]()
+    if name != "auto":
+        raise BuildError(f"knows no compiler {name!r}; set {COMPILER} to nvcc, nvrtc or auto")
+    try:
+        return _find_nvcc()
+    except BuildError as no_nvcc:
+        try:
+            return _find_nvrtc()
+        except BuildError as no_nvrtc:
+            raise BuildError(f"{no_nvcc}; or {no_nvrtc}") from no_nvrtc
+
+
+def compile_all(
+    architectures: Sequence[str] = ("sm_80", "sm_90"), compiler: Compiler | None = None
+) -> tuple[KernelReport, ...]:
+    """Compile every source for every architecture, needing no GPU and keeping nothing, and report each kernel.
+
+    Raises `BuildError` with the compiler's first error.
+    """
+    compiler = compiler or find_compiler()
+    cases = [(source, architecture) for source in sources() for architecture in architectures]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+
+        def compile(case: tuple[str, str]) -> str:
+            source, architecture = case
+            return compiler.compile(SOURCE / f"{source}.cu", architecture, Path(folder, f"{source}-{architecture}"))
+
+        said = list(pool.map(compile, cases))
+    return tuple(report for case, text in zip(cases, said, strict=True) for report in _parse(*case, text))
+
+
+def _find_nvcc() -> Compiler:
+    """nvcc: the environment's `NVCC`, in the toolkit at `CUDA_HOME`, on `PATH`, or where toolkits are put."""
     named = os.environ.get("NVCC")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [named] if named else [*(str(Path(home, "bin", "nvcc")) for home in homes if home), "nvcc"]
     if not named:
         candidates.append("/usr/local/cuda/bin/nvcc")
-    found = next((path for path in map(shutil.which, candidates) if path), None)
-    if found is None:
+    path = next((path for path in map(shutil.which, candidates) if path), None)
+    if path is None:
         wanted = named or "nvcc"
         raise BuildError(f"needs {wanted}, which is not here; install the CUDA toolkit or set NVCC")
-    return found
+    said = compiler_version(path)
+    release = re.search(r"\bV?(\d+\.\d+[.\d]*)", said)
+    version = release[1] if release else "of unknown version"
+    return Compiler("nvcc", version, path, ("nvcc", said, repr(_NVCC_FLAGS)), partial(_run_nvcc, path))
 
 
-def compile_all(architectures: Sequence[str] = ("sm_80", "sm_90")) -> tuple[KernelReport, ...]:
-    """Compile every source for every architecture, needing no GPU and keeping nothing, and report each kernel.
+def _run_nvcc(path: str, source: Path, architecture: str, cubin: Path) -> str:
+    number = architecture.removeprefix("sm_")
+    target = f"arch=compute_{number},code=sm_{number}"
+    return run([path, *_NVCC_FLAGS, "-gencode", target, str(source), "-o", str(cubin)])
 
-    Raises `BuildError` with the compiler's first error.
-    """
-    compiler = find_compiler()
-    cases = [(source, architecture) for source in sources() for architecture in architectures]
-    with tempfile.TemporaryDirectory() as folder:
-        commands = [
-            _command(compiler, source, architecture, Path(folder, f"{source}-{architecture}.so"), "-Xptxas", "-v")
-            for source, architecture in cases
-        ]
-        printed = run_all(commands)
-    return tuple(report for case, text in zip(cases, printed, strict=True) for report in _parse(*case, _readable(text)))
+
+def _find_nvrtc() -> Compiler:
+    nvrtc = find_nvrtc()
+
+    def compile(source: Path, architecture: str, cubin: Path) -> str:
+        return compile_cubin(nvrtc, source, architecture, _NVRTC_FLAGS, cubin)
+
+    key = ("nvrtc", nvrtc.version, str(nvrtc.headers), repr(_NVRTC_FLAGS))
+    return Compiler("nvrtc", nvrtc.version, nvrtc.path, key, compile)
+
+
+_FINDERS: dict[str, Callable[[], Compiler]] = {"nvcc": _find_nvcc, "nvrtc": _find_nvrtc}
 
 
 def _read(source: str) -> Iterable[Path]:
-    # A header that changes recompiles everything: there are few, and a stale library would be worse.
+    # A header that changes recompiles everything: there are few, and a stale cubin would be worse.
     return [SOURCE / f"{source}.cu", *SOURCE.glob("*.cuh")]
-
-
-def _command(compiler: str, source: str, architecture: str, library: Path, *more: str) -> list[str]:
-    number = architecture.removeprefix("sm_")
-    target = ("-gencode", f"arch=compute_{number},code=sm_{number}")
-    return [compiler, *_FLAGS, *more, *target, str(SOURCE / f"{source}.cu"), "-o", str(library)]
-
-
-def _link(compiler: str, source: str, architecture: str, folder: Path) -> Path:
-    library = folder / f"{source}.so"
-    run(_command(compiler, source, architecture, library))
-    return library
-
-
-def _readable(text: str) -> str:
-    """The assembler's report with C++ names as they were written, where there is a demangler."""
-    demangler = shutil.which("cu++filt") or shutil.which("c++filt")
-    names = sorted(set(re.findall(r"\b_Z\w+", text)), key=len, reverse=True)
-    if demangler is None or not names:
-        return text
-    for name, readable in zip(names, run([demangler, *names]).splitlines(), strict=True):
-        text = text.replace(name, readable)
-    return text
 
 
 def _parse(source: str, architecture: str, text: str) -> Iterable[KernelReport]:
     for part in text.split("Compiling entry function '")[1:]:
-        # Without its template's namespace, result and arguments: they are the same for all.
-        kernel = part.split("' for '", 1)[0].replace("(anonymous namespace)::", "")
-        kernel = re.sub(r"^void |\([^()]*\)$", "", kernel)
 
         def number(pattern: str, part: str = part) -> int:
             found = re.search(pattern, part)
@@ -117,7 +163,7 @@ def _parse(source: str, architecture: str, text: str) -> Iterable[KernelReport]:
         yield KernelReport(
             source,
             architecture,
-            kernel,
+            part.split("'", 1)[0],
             number(r"Used (\d+) registers"),
             number(r"(\d+) bytes spill stores"),
             number(r"(\d+) bytes spill loads"),

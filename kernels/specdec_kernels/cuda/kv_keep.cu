@@ -10,12 +10,11 @@ namespace {
 constexpr int kBatch = 8;
 constexpr int kThreads = 128;
 
-// Strides are in vectors of type V.
 template <typename V>
-__global__ void __launch_bounds__(kThreads)
-    kv_keep(V* __restrict__ slots, const int64_t* __restrict__ base, const int64_t* __restrict__ nodes,
-            const int64_t* __restrict__ count, int64_t rows, int64_t width, int64_t chunks, int64_t vectors,
-            int64_t group_stride, int64_t row_stride, int64_t slot_stride) {
+__device__ __forceinline__ void keep(
+    V* __restrict__ slots, const int64_t* __restrict__ base, const int64_t* __restrict__ nodes,
+    const int64_t* __restrict__ count, int64_t rows, int64_t width, int64_t chunks, int64_t vectors,
+    int64_t group_stride, int64_t row_stride, int64_t slot_stride) {
   const int64_t pair = blockIdx.x / chunks;
   const int64_t row = pair % rows;
   const int64_t vector = (blockIdx.x % chunks) * kThreads + threadIdx.x;
@@ -34,34 +33,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename V>
-cudaError_t launch(void* slots, const int64_t* base, const int64_t* nodes, const int64_t* count, int64_t groups,
-                   int64_t rows, int64_t width, int64_t bytes, int64_t group_stride, int64_t row_stride,
-                   int64_t slot_stride, cudaStream_t stream) {
-  const int64_t size = sizeof(V);
-  const int64_t chunks = (bytes / size + kThreads - 1) / kThreads;
-  const int64_t blocks = groups * rows * chunks;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  kv_keep<V><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      static_cast<V*>(slots), base, nodes, count, rows, width, chunks, bytes / size, group_stride / size,
-      row_stride / size, slot_stride / size);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
-// slots: groups x rows x c slots of `bytes` bytes each, their strides in bytes; base, count: [rows]; nodes: [rows,
-// width], contiguous.
-SPECDEC_API int specdec_kv_keep(void* slots, const int64_t* base, const int64_t* nodes, const int64_t* count,
-                                int64_t groups, int64_t rows, int64_t width, int64_t bytes, int64_t group_stride,
-                                int64_t row_stride, int64_t slot_stride, cudaStream_t stream) {
-  if (groups * rows * width * bytes == 0) return cudaSuccess;
-  // The widest vector that address, size and strides are multiples of.
-  const uint64_t all = reinterpret_cast<uint64_t>(slots) | bytes | group_stride | row_stride | slot_stride;
-  const auto run = all % 16 == 0  ? launch<uint4>
-                   : all % 8 == 0 ? launch<uint64_t>
-                   : all % 4 == 0 ? launch<uint32_t>
-                   : all % 2 == 0 ? launch<uint16_t>
-                                  : launch<uint8_t>;
-  return run(slots, base, nodes, count, groups, rows, width, bytes, group_stride, row_stride, slot_stride, stream);
-}
+// slots: groups x rows x c slots of `vectors` vectors of type V, strides in vectors; base, count: [rows]; nodes: [rows,
+// width], contiguous. A block for every group, row and `chunks` of 128 vectors (ops/keep_cuda.py).
+#define SPECDEC_KEEP(name, V)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
+      name(V* slots, const int64_t* base, const int64_t* nodes, const int64_t* count, int64_t rows, int64_t width,   \
+           int64_t chunks, int64_t vectors, int64_t group_stride, int64_t row_stride, int64_t slot_stride) {         \
+    keep<V>(slots, base, nodes, count, rows, width, chunks, vectors, group_stride, row_stride, slot_stride);         \
+  }
+
+SPECDEC_KEEP(kv_keep_16, uint4)
+SPECDEC_KEEP(kv_keep_8, uint64_t)
+SPECDEC_KEEP(kv_keep_4, uint32_t)
+SPECDEC_KEEP(kv_keep_2, uint16_t)
+SPECDEC_KEEP(kv_keep_1, uint8_t)

@@ -1,21 +1,11 @@
-"""The compiled CUDA sources as Python sees them: whether they can run, their entry points, and launch errors.
+"""The compiled CUDA sources as Python sees them: whether they can run, and their kernels by name."""
 
-Each `{source}.cu` has one entry point, `extern "C" int specdec_{source}(...)`, which launches on the stream it is
-given (its last argument), allocates nothing, waits for nothing, and returns a `cudaError_t`. So a launch can be
-captured into a graph, once the library has been loaded by a call outside the capture.
-"""
-
-import ctypes
-from collections.abc import Callable
-from ctypes import c_void_p
 from functools import cache
-from typing import Any
 
 import torch
 
-from specdec_kernels.cuda.build import BuildError, library_path
-
-Launch = Callable[..., None]
+from specdec_kernels.cuda.build import BuildError, cubin_path
+from specdec_kernels.cuda.driver import Kernel, Module
 
 
 def available(source: str, device: torch.device) -> str | None:
@@ -26,54 +16,31 @@ def available(source: str, device: torch.device) -> str | None:
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if not torch.cuda.is_available():
         return "needs a GPU, and torch sees none"
-    return _open(source, _architecture(device))[1]
+    return _open(source, _index(device))[1]
 
 
 @cache
-def load(source: str, argument_types: tuple[Any, ...], device: torch.device) -> Launch:
-    """The function that launches `specdec_{source}` on the current stream of `device`, the stream left out.
+def load(
+    source: str, kernel: str, parameters: str, threads: int, device: torch.device, *, early: bool = False
+) -> Kernel:
+    """A kernel of `{source}.cu` on `device`, which is named with its index; see `driver.Kernel`.
 
-    It raises `RuntimeError` when the launch is refused. Raises `BuildError` where `available` has a reason.
+    Raises `BuildError` where `available` has a reason.
     """
-    handle, reason = _open(source, _architecture(device))
-    if handle is None:
+    module, reason = _open(source, _index(device))
+    if module is None:
         raise BuildError(f"{source}: cuda {reason}")
-    entry = getattr(handle, f"specdec_{source}")
-    entry.argtypes = (*argument_types, c_void_p)
-    entry.restype = ctypes.c_int
+    return Kernel(module, kernel, parameters, threads, early=early)
 
-    def launch(*arguments: Any) -> None:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if device.index in (None, torch.cuda.current_device()):
-            status = entry(*arguments, stream)
-        else:
-            with torch.cuda.device(device):
-                status = entry(*arguments, stream)
-        if status:
-            raise RuntimeError(f"{source}: the launch failed ({_describe(handle, status)})")
 
-    return launch
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
-def _architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-@cache
-def _open(source: str, architecture: str) -> tuple[ctypes.CDLL | None, str | None]:
+def _open(source: str, index: int) -> tuple[Module | None, str | None]:
+    major, minor = torch.cuda.get_device_capability(index)
     try:
-        handle = ctypes.CDLL(str(library_path(source, architecture)))
+        return Module(cubin_path(source, f"sm_{major}{minor}"), index), None
     except BuildError as error:
         return None, str(error)
-    except OSError as error:
-        return None, f"was compiled but cannot be loaded ({str(error).splitlines()[0]})"
-    status = handle.specdec_ready()
-    return (None, f"was compiled but cannot run ({_describe(handle, status)})") if status else (handle, None)
-
-
-def _describe(handle: ctypes.CDLL, status: int) -> str:
-    handle.specdec_error.argtypes, handle.specdec_error.restype = (ctypes.c_int,), ctypes.c_char_p
-    message: bytes = handle.specdec_error(status)
-    return message.decode()

@@ -77,7 +77,7 @@ __device__ __forceinline__ uint4 weighted(uint4 x, uint4 norm, float& squares) {
 }
 
 template <typename T, typename Out, int WARPS, int TILES, bool GATED, bool NORM>
-__global__ void __launch_bounds__(WARPS * 32) product(Arguments a) {
+__device__ __forceinline__ void product(const Arguments& a) {
   constexpr int kSides = GATED ? 2 : 1;
   constexpr int kColumns = TILES * 8;
   __shared__ float parts[WARPS][kSides][kOutputs][kColumns];
@@ -185,58 +185,27 @@ __global__ void __launch_bounds__(WARPS * 32) product(Arguments a) {
   }
 }
 
-template <typename T, typename Out, int WARPS, int TILES, bool GATED, bool NORM>
-cudaError_t launch(const Arguments& arguments, int early, cudaStream_t stream) {
-  const int64_t blocks = (arguments.outputs + kOutputs - 1) / kOutputs;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(WARPS * 32);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, product<T, Out, WARPS, TILES, GATED, NORM>, arguments);
-}
-
-template <typename T, typename Out, int WARPS, int TILES>
-cudaError_t with_parts(const Arguments& a, int gated, int early, cudaStream_t stream) {
-  if (gated)
-    return a.norm ? launch<T, Out, WARPS, TILES, true, true>(a, early, stream)
-                  : launch<T, Out, WARPS, TILES, true, false>(a, early, stream);
-  return a.norm ? launch<T, Out, WARPS, TILES, false, true>(a, early, stream)
-                : launch<T, Out, WARPS, TILES, false, false>(a, early, stream);
-}
-
-template <typename T, typename Out>
-cudaError_t with_shape(const Arguments& a, int gated, int early, cudaStream_t stream) {
-  // Where there is at most one block for each multiprocessor of a large GPU, blocks take more warps; registers leave
-  // room for one such block only. The choice depends on the weight alone, and so do the bits.
-  const bool narrow_layer = a.outputs <= 132 * kOutputs;
-  if (a.rows <= 8)
-    return narrow_layer ? with_parts<T, Out, 16, 1>(a, gated, early, stream)
-                        : with_parts<T, Out, 8, 1>(a, gated, early, stream);
-  if (a.rows <= 16)
-    return narrow_layer ? with_parts<T, Out, 16, 2>(a, gated, early, stream)
-                        : with_parts<T, Out, 8, 2>(a, gated, early, stream);
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 // x [rows, inputs], weight [outputs or 2 outputs, inputs], bias, norm [inputs], residual and out [rows, outputs], all
-// contiguous, 16-byte aligned and of one 16-bit type but for `out`, which may be float32. rows <= 16, inputs % 8 == 0.
-SPECDEC_API int specdec_product(const void* x, const void* weight, const void* bias, const void* norm,
-                                const void* residual, void* out, int64_t rows, int64_t outputs, int64_t inputs,
-                                float eps, int half, int wide_out, int gated, int early, cudaStream_t stream) {
-  if (rows * outputs == 0) return cudaSuccess;
-  if (inputs % 8 != 0) return cudaErrorInvalidValue;
-  const Arguments arguments = {x, weight, bias, norm, residual, out, rows, outputs, inputs, eps};
-  if (half)
-    return wide_out ? with_shape<__half, float>(arguments, gated, early, stream)
-                    : with_shape<__half, __half>(arguments, gated, early, stream);
-  return wide_out ? with_shape<__nv_bfloat16, float>(arguments, gated, early, stream)
-                  : with_shape<__nv_bfloat16, __nv_bfloat16>(arguments, gated, early, stream);
-}
+// contiguous, 16-byte aligned and of one 16-bit type but for `out`, which may be float32. inputs % 8 == 0. A block for
+// every 16 outputs. A kernel's name says its types, warps a block, tiles of 8 rows and parts (ops/product_cuda.py).
+#define SPECDEC_KERNEL(name, T, Out, WARPS, TILES, GATED, NORM)                     \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) name(const Arguments a) { \
+    product<T, Out, WARPS, TILES, GATED, NORM>(a);                                   \
+  }
+#define SPECDEC_PARTS(name, T, Out, WARPS, TILES)                        \
+  SPECDEC_KERNEL(name, T, Out, WARPS, TILES, false, false)               \
+  SPECDEC_KERNEL(name##_norm, T, Out, WARPS, TILES, false, true)         \
+  SPECDEC_KERNEL(name##_gated, T, Out, WARPS, TILES, true, false)        \
+  SPECDEC_KERNEL(name##_gated_norm, T, Out, WARPS, TILES, true, true)
+#define SPECDEC_SHAPES(name, T, Out)           \
+  SPECDEC_PARTS(name##_8_1, T, Out, 8, 1)      \
+  SPECDEC_PARTS(name##_8_2, T, Out, 8, 2)      \
+  SPECDEC_PARTS(name##_16_1, T, Out, 16, 1)    \
+  SPECDEC_PARTS(name##_16_2, T, Out, 16, 2)
+
+SPECDEC_SHAPES(product_float16_float16, __half, __half)
+SPECDEC_SHAPES(product_float16_float32, __half, float)
+SPECDEC_SHAPES(product_bfloat16_bfloat16, __nv_bfloat16, __nv_bfloat16)
+SPECDEC_SHAPES(product_bfloat16_float32, __nv_bfloat16, float)

@@ -13,8 +13,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-// Choice, token, parent and validity of a node in the shared memory of a walk; 48 KiB are always there.
-constexpr int64_t kMostNodes = (48 << 10) / 20;
 
 __device__ float widen(float value) { return value; }
 __device__ float widen(__half value) { return __half2float(value); }
@@ -50,9 +48,9 @@ __device__ uint64_t warp_max(uint64_t word) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    largest(const T* __restrict__ logits, int64_t row_stride, int64_t node_stride, int64_t nodes, int64_t vocabulary,
-            int64_t share, uint64_t* __restrict__ words) {
+__device__ __forceinline__ void largest(const T* __restrict__ logits, int64_t row_stride, int64_t node_stride,
+                                        int64_t nodes, int64_t vocabulary, int64_t share,
+                                        uint64_t* __restrict__ words) {
   constexpr int kLanes = 16 / sizeof(T);
   const int64_t line = blockIdx.x;
   const int64_t begin = blockIdx.y * share;
@@ -88,8 +86,7 @@ __global__ void __launch_bounds__(kThreads)
 // A tensor [rows, nodes] of 32 or 64-bit integers.
 struct Ids {
   const void* data;
-  int64_t row_stride, node_stride;
-  int bytes;
+  int64_t row_stride, node_stride, bytes;
 
   __device__ int64_t at(int64_t row, int64_t node) const {
     const int64_t place = row * row_stride + node * node_stride;
@@ -97,10 +94,28 @@ struct Ids {
   }
 };
 
-__global__ void __launch_bounds__(kWarp)
-    walk(const uint64_t* __restrict__ words, int splits, Ids tokens, Ids parents, const uint8_t* __restrict__ valid,
-         int64_t valid_row, int64_t valid_node, int nodes, bool chain, int64_t* __restrict__ path,
+}  // namespace
+
+// logits: [rows, nodes, vocabulary], the last axis dense, other strides in elements. A block for every node and split,
+// which reads `share` logits (ops/verify_cuda.py). words: [rows, nodes, splits].
+#define SPECDEC_LARGEST(name, T)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                          \
+      name(const T* logits, int64_t row_stride, int64_t node_stride, int64_t nodes, int64_t vocabulary, int64_t share, \
+           uint64_t* words) {                                                                                     \
+    largest<T>(logits, row_stride, node_stride, nodes, vocabulary, share, words);                                 \
+  }
+
+SPECDEC_LARGEST(largest_float32, float)
+SPECDEC_LARGEST(largest_float16, __half)
+SPECDEC_LARGEST(largest_bfloat16, __nv_bfloat16)
+
+// valid: [rows, nodes] of bytes. path, accept_prob: [rows, nodes]; count, next_token: [rows]. Shared memory: 20 bytes a
+// node, for its token, choice, parent and validity.
+extern "C" __global__ void __launch_bounds__(kWarp)
+    walk(const uint64_t* __restrict__ words, int64_t splits, Ids tokens, Ids parents, const uint8_t* __restrict__ valid,
+         int64_t valid_row, int64_t valid_node, int64_t count_nodes, int64_t chain, int64_t* __restrict__ path,
          int64_t* __restrict__ count, int64_t* __restrict__ next_token, float* __restrict__ accept_prob) {
+  const int nodes = static_cast<int>(count_nodes);
   extern __shared__ int64_t memory[];
   int64_t* token = memory;
   int32_t* choice = reinterpret_cast<int32_t*>(token + nodes);
@@ -141,46 +156,4 @@ __global__ void __launch_bounds__(kWarp)
     count[row] = depth;
     next_token[row] = choice[node];
   }
-}
-
-template <typename T>
-void launch_largest(const void* logits, int64_t row_stride, int64_t node_stride, int64_t rows, int64_t nodes,
-                    int64_t vocabulary, int splits, uint64_t* words, cudaStream_t stream) {
-  constexpr int64_t kLanes = 16 / sizeof(T);
-  // A share of whole vectors, so that all but the first block of a row begin as aligned as the row does.
-  const int64_t share = ((vocabulary + splits - 1) / splits + kLanes - 1) / kLanes * kLanes;
-  largest<T><<<dim3(static_cast<unsigned>(rows * nodes), splits), kThreads, 0, stream>>>(
-      static_cast<const T*>(logits), row_stride, node_stride, nodes, vocabulary, share, words);
-}
-
-}  // namespace
-
-// logits: [rows, nodes, vocabulary] of float32 (kind 0), float16 (1) or bfloat16 (2), the last axis dense; tokens and
-// parents: [rows, nodes] of 4 or 8 bytes; valid: [rows, nodes] of bytes; strides in elements. words: room for
-// rows * nodes * splits. path, accept_prob: [rows, nodes]; count, next_token: [rows].
-SPECDEC_API int specdec_verify_greedy(const void* logits, int64_t kind, int64_t logits_row, int64_t logits_node,
-                                      const void* tokens, int64_t token_bytes, int64_t tokens_row, int64_t tokens_node,
-                                      const void* parents, int64_t parent_bytes, int64_t parents_row,
-                                      int64_t parents_node, const uint8_t* valid, int64_t valid_row,
-                                      int64_t valid_node, int64_t rows, int64_t nodes, int64_t vocabulary,
-                                      int64_t splits, int64_t chain, uint64_t* words, int64_t* path, int64_t* count,
-                                      int64_t* next_token, float* accept_prob, cudaStream_t stream) {
-  if (rows == 0) return cudaSuccess;
-  if (rows * nodes > INT32_MAX || nodes > kMostNodes || vocabulary > INT32_MAX || vocabulary < 1 || splits < 1 ||
-      splits > 65535)
-    return cudaErrorInvalidValue;
-  const int parts = static_cast<int>(splits);
-  if (kind == 0)
-    launch_largest<float>(logits, logits_row, logits_node, rows, nodes, vocabulary, parts, words, stream);
-  else if (kind == 1)
-    launch_largest<__half>(logits, logits_row, logits_node, rows, nodes, vocabulary, parts, words, stream);
-  else
-    launch_largest<__nv_bfloat16>(logits, logits_row, logits_node, rows, nodes, vocabulary, parts, words, stream);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) return status;
-  walk<<<static_cast<unsigned>(rows), kWarp, static_cast<size_t>(nodes * 20), stream>>>(
-      words, parts, Ids{tokens, tokens_row, tokens_node, static_cast<int>(token_bytes)},
-      Ids{parents, parents_row, parents_node, static_cast<int>(parent_bytes)}, valid, valid_row, valid_node,
-      static_cast<int>(nodes), chain != 0, path, count, next_token, accept_prob);
-  return cudaGetLastError();
 }

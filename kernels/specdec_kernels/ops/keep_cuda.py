@@ -1,7 +1,6 @@
 """`keep` in CUDA C++: one launch a buffer, whatever the number of layers."""
 
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
 
 import torch
 from jaxtyping import Int
@@ -10,7 +9,8 @@ from torch import Tensor
 from specdec_kernels.cuda import library
 from specdec_kernels.ops import keep as definition
 
-_ARGUMENTS = (*(c_void_p,) * 4, *(c_int64,) * 7)
+_PARAMETERS = "4P7q"
+_THREADS = 128
 
 
 def keep(
@@ -20,21 +20,32 @@ def keep(
     base, nodes, count = (index.to(torch.int64).contiguous() for index in (base, nodes, count))
     for buffer in buffers:
         groups, rows, _, heads, size = buffer.shape
-        group, row, slot, head, unit = buffer.stride()
+        *strides, head, unit = buffer.stride()
         if (unit, head) != (1, size):
             definition.keep((buffer,), base, nodes, count)
             continue
         item = buffer.element_size()
-        library.load("kv_keep", _ARGUMENTS, buffer.device)(
+        width, slot = nodes.shape[1], heads * size * item
+        if not groups * rows * width * slot:
+            continue
+        steps = [stride * item for stride in strides]
+        vector = vector_bytes(buffer.data_ptr(), slot, *steps)
+        vectors = slot // vector
+        chunks = -(-vectors // _THREADS)
+        library.load("kv_keep", f"kv_keep_{vector}", _PARAMETERS, _THREADS, buffer.device)(
+            (groups * rows * chunks, 1),
             buffer.data_ptr(),
             base.data_ptr(),
             nodes.data_ptr(),
             count.data_ptr(),
-            groups,
             rows,
-            nodes.shape[1],
-            heads * size * item,
-            group * item,
-            row * item,
-            slot * item,
+            width,
+            chunks,
+            vectors,
+            *(step // vector for step in steps),
         )
+
+
+def vector_bytes(*numbers: int) -> int:
+    """The widest vector, up to 16 bytes, that addresses, sizes and strides in bytes are multiples of."""
+    return next(width for width in (16, 8, 4, 2, 1) if not any(number % width for number in numbers))

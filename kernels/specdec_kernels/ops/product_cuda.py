@@ -3,8 +3,6 @@
 A row's result is the same bits for any number of rows up to 16 and whatever stands in the others.
 """
 
-from ctypes import c_float, c_int, c_int64, c_void_p
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +12,11 @@ from specdec_kernels.dispatch import resolve
 from specdec_kernels.ops.fused_triton import rms_norm_residual
 
 MOST_ROWS = 16
-_ARGUMENTS = (*(c_void_p,) * 6, *(c_int64,) * 3, c_float, *(c_int,) * 4)
+# A structure, whose end is padded to the alignment of its pointers.
+_PARAMETERS = "6P3qf4x"
+_OUTPUTS = 16
+# Multiprocessors of a large GPU.
+_PROCESSORS = 132
 
 
 def refuse(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -60,20 +62,33 @@ def product(
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty((*x.shape[:-1], outputs), dtype=dtype or x.dtype)
-    library.load("product", _ARGUMENTS, x.device)(
+    if not out.numel():
+        return out
+    name, warps = choose_kernel(rows, outputs, x.dtype, out.dtype, gated=gated, norm=norm is not None)
+    library.load("product", name, _PARAMETERS, 32 * warps, x.device, early=early)(
+        (-(-outputs // _OUTPUTS), 1),
         x.data_ptr(),
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if norm is None else norm.data_ptr(),
-        None if residual is None else residual.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if norm is None else norm.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
         rows,
         outputs,
         inputs,
         eps,
-        x.dtype == torch.float16,
-        out.dtype == torch.float32,
-        gated,
-        early,
     )
     return out
+
+
+def choose_kernel(
+    rows: int, outputs: int, dtype: torch.dtype, made: torch.dtype, *, gated: bool, norm: bool
+) -> tuple[str, int]:
+    """The kernel of `product.cu` for up to `MOST_ROWS` rows, and its warps.
+
+    Where there is at most one block for each multiprocessor of a large GPU, blocks take more warps; registers leave
+    room for one such block only. The warps depend on the weight alone, and so do a row's bits.
+    """
+    warps = 16 if outputs <= _PROCESSORS * _OUTPUTS else 8
+    types = "_".join(str(kind).removeprefix("torch.") for kind in (dtype, made))
+    return f"product_{types}_{warps}_{-(-rows // 8)}{'_gated' * gated}{'_norm' * norm}", warps

@@ -1,7 +1,5 @@
 """`verify_greedy` in CUDA C++: two launches, the same choices as the definition bit for bit."""
 
-from ctypes import c_int64, c_void_p
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,9 +7,11 @@ from torch import Tensor
 from specdec_kernels.cuda import library
 from specdec_kernels.ops.walk import Verification
 
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_IDS = (c_void_p, c_int64, c_int64, c_int64)
-_ARGUMENTS = (*_IDS, *_IDS, *_IDS, c_void_p, *(c_int64,) * 7, *(c_void_p,) * 5)
+_LARGEST, _THREADS = "P5qP", 256
+_WALK, _WARP = "Pq" + 2 * "P3q" + "P4q4P", 32
+# Token, choice, parent and validity of a node in the shared memory of a walk; 48 KiB are always there.
+_NODE_BYTES = 20
+MOST_NODES = (48 << 10) // _NODE_BYTES
 # Enough blocks for every multiprocessor of a large device several times, and enough of a row for each.
 _BLOCKS, _LEAST_SHARE, _MOST_SPLITS = 1024, 2048, 64
 
@@ -24,22 +24,40 @@ def verify_greedy(
     *,
     chain: bool = False,
 ) -> Verification:
-    """See `verify.verify_greedy`; logits of float32, float16 or bfloat16."""
+    """See `verify.verify_greedy`; logits of float32, float16 or bfloat16. Raises `ValueError` past `MOST_NODES`."""
     b, n, v = logits.shape
+    if n > MOST_NODES:
+        raise ValueError(f"verify_greedy in CUDA C++ holds {MOST_NODES} nodes in shared memory, not {n}; use triton")
     device = logits.device
     logits = logits if logits.stride(2) == 1 or v == 1 else logits.contiguous()
     tokens, parents = (ids if ids.element_size() in (4, 8) else ids.long() for ids in (tokens, parents))
-    splits = max(1, min(_MOST_SPLITS, v // _LEAST_SHARE, -(-_BLOCKS // max(b * n, 1))))
+    splits, share = choose_splits(b * n, v, logits.element_size())
     words = torch.empty((b, n, splits), dtype=torch.int64, device=device)
     path = torch.empty((b, n), dtype=torch.int64, device=device)
     ends = torch.empty((2, b), dtype=torch.int64, device=device)
     accept_prob = torch.empty((b, n), dtype=torch.float32, device=device)
     count, next_token = ends[0], ends[1]
-    library.load("verify_greedy", _ARGUMENTS, device)(
-        logits.data_ptr(), _KINDS[logits.dtype], *logits.stride()[:2],
-        tokens.data_ptr(), tokens.element_size(), *tokens.stride(),
-        parents.data_ptr(), parents.element_size(), *parents.stride(),
-        valid.data_ptr(), *valid.stride(), b, n, v, splits, int(chain),
-        words.data_ptr(), path.data_ptr(), count.data_ptr(), next_token.data_ptr(), accept_prob.data_ptr(),
-    )  # fmt: skip
+    if b:
+        kind = str(logits.dtype).removeprefix("torch.")
+        library.load("verify_greedy", f"largest_{kind}", _LARGEST, _THREADS, device)(
+            (b * n, splits), logits.data_ptr(), *logits.stride()[:2], n, v, share, words.data_ptr()
+        )
+        library.load("verify_greedy", "walk", _WALK, _WARP, device)(
+            (b, 1), words.data_ptr(), splits,
+            tokens.data_ptr(), *tokens.stride(), tokens.element_size(),
+            parents.data_ptr(), *parents.stride(), parents.element_size(),
+            valid.data_ptr(), *valid.stride(), n, chain,
+            path.data_ptr(), count.data_ptr(), next_token.data_ptr(), accept_prob.data_ptr(),
+            shared=n * _NODE_BYTES,
+        )  # fmt: skip
     return Verification(path, count, next_token, accept_prob)
+
+
+def choose_splits(nodes: int, vocabulary: int, item: int) -> tuple[int, int]:
+    """How many blocks share a row of logits of `item` bytes each, and how many logits each of them reads.
+
+    Shares are of whole 16-byte vectors, so that all but the first begin as aligned as the row does.
+    """
+    splits = max(1, min(_MOST_SPLITS, vocabulary // _LEAST_SHARE, -(-_BLOCKS // max(nodes, 1))))
+    lanes = 16 // item
+    return splits, -(-vocabulary // (splits * lanes)) * lanes

@@ -1,0 +1,141 @@
+"""Launching without a GPU: what the driver would be told, and the shapes that the launches choose."""
+
+import ctypes
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdec_kernels.cuda import build, driver
+from specdec_kernels.ops import keep_cuda, product_cuda, verify_cuda
+
+
+class Driver(ctypes.CDLL):
+    """Records launches; `statuses` are its answers in turn, then 0."""
+
+    def __init__(self, *statuses):
+        self.statuses, self.launches, self.contexts = list(statuses), [], []
+        self.cuLaunchKernelEx, self.cuGetErrorString = self.launch, self.describe
+        self.cuCtxSetCurrent = self.contexts.append
+
+    def launch(self, config, function, parameters, extra):
+        config = config._obj
+        size = ctypes.c_size_t.from_address(extra[3]).value
+        attribute = config.attributes[0]
+        self.launches.append(
+            {
+                "grid": (config.grid_x, config.grid_y, config.grid_z),
+                "block": (config.block_x, config.block_y, config.block_z),
+                "shared": config.shared,
+                "stream": config.stream,
+                "early": config.count and (attribute.id, attribute.value[0]),
+                "values": ctypes.string_at(extra[1], size),
+                "tags": (extra[0], extra[2], extra[4]),
+            }
+        )
+        return self.statuses.pop(0) if self.statuses else 0
+
+    def describe(self, status, message):
+        message._obj.value = b"out of patience"
+
+
+def kernel_of(fake, monkeypatch, parameters, **options):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    module = object.__new__(driver.Module)
+    module.driver, module.index, module.context, module.function = fake, 0, "primary", lambda name: name
+    return driver.Kernel(module, "some", parameters, 64, **options)
+
+
+def test_a_launch_tells_the_driver_its_shape_stream_and_arguments(monkeypatch):
+    fake = Driver()
+    kernel = kernel_of(fake, monkeypatch, "Pqf4x", early=True)
+    kernel((3, 2), 4096, -5, 0.5, shared=40)
+    kernel((1, 1), 1, 2, 3.0)
+    first, second = fake.launches
+    assert first["grid"] == (3, 2, 1)
+    assert first["block"] == (64, 1, 1)
+    assert (first["shared"], second["shared"]) == (40, 0)
+    assert first["stream"] == 77
+    assert first["early"] == (6, 1)
+    assert first["tags"] == (1, 2, None)
+    assert first["values"] == struct.pack("@Pqf4x", 4096, -5, 0.5)
+    assert second["values"] == struct.pack("@Pqf4x", 1, 2, 3.0)
+
+
+def test_a_launch_that_must_wait_carries_no_attribute(monkeypatch):
+    fake = Driver()
+    kernel_of(fake, monkeypatch, "q")((1, 1), 1)
+    assert fake.launches[0]["early"] == 0
+
+
+def test_a_thread_without_a_context_gets_torchs_and_launches(monkeypatch):
+    fake = Driver(201)
+    kernel_of(fake, monkeypatch, "q")((1, 1), 1)
+    assert len(fake.launches) == 2
+    assert fake.contexts == ["primary"]
+
+
+def test_a_refused_launch_says_why(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"some: the launch failed \(out of patience\)"):
+        kernel_of(Driver(1), monkeypatch, "q")((1, 1), 1)
+
+
+def test_the_structures_are_the_drivers():
+    # cuda.h: an attribute is an enumeration padded to 8 bytes before a union of 64; a configuration ends in a count.
+    assert ctypes.sizeof(driver._Attribute) == 72
+    assert ctypes.sizeof(driver._Config) == 56
+    assert driver._Config.stream.offset == 32
+
+
+@given(numbers=st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
+def test_the_widest_vector_divides_all_it_must(numbers):
+    width = keep_cuda.vector_bytes(*numbers)
+    assert not any(number % width for number in numbers)
+    assert width == 16 or any(number % (2 * width) for number in numbers)
+
+
+@given(nodes=st.integers(0, 5000), vocabulary=st.integers(1, 300_000), item=st.sampled_from([2, 4]))
+def test_splits_cover_a_row_in_whole_vectors(nodes, vocabulary, item):
+    splits, share = verify_cuda.choose_splits(nodes, vocabulary, item)
+    assert 1 <= splits <= 64
+    assert splits * share >= vocabulary
+    assert share * item % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "made", "gated", "norm", "name", "warps"),
+    [
+        (1, 2048, torch.bfloat16, False, False, "product_bfloat16_bfloat16_16_1", 16),
+        (8, 2112, torch.bfloat16, False, True, "product_bfloat16_bfloat16_16_1_norm", 16),
+        (9, 2113, torch.bfloat16, True, True, "product_bfloat16_bfloat16_8_2_gated_norm", 8),
+        (16, 128256, torch.float32, False, False, "product_bfloat16_float32_8_2", 8),
+    ],
+)
+def test_the_kernel_of_a_product(rows, outputs, made, gated, norm, name, warps):
+    chosen = product_cuda.choose_kernel(rows, outputs, torch.bfloat16, made, gated=gated, norm=norm)
+    assert chosen == (name, warps)
+
+
+def test_every_kernel_that_a_launch_can_name_is_compiled():
+    try:
+        reports = build.compile_all(("sm_80",))
+    except build.BuildError as error:
+        pytest.skip(f"no compiler: {error}")
+    names = {(report.source, report.kernel) for report in reports}
+    wanted = {("kv_keep", f"kv_keep_{width}") for width in (1, 2, 4, 8, 16)}
+    wanted |= {("verify_greedy", f"largest_{kind}") for kind in ("float32", "float16", "bfloat16")}
+    wanted |= {("verify_greedy", "walk")}
+    wanted |= {
+        ("product", product_cuda.choose_kernel(rows, outputs, kind, made, gated=gated, norm=norm)[0])
+        for rows in (1, 16)
+        for outputs in (16, 4096)
+        for kind in (torch.float16, torch.bfloat16)
+        for made in (kind, torch.float32)
+        for gated in (False, True)
+        for norm in (False, True)
+    }
+    assert wanted <= names
