@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+# The environment variable that says the commit of a tree without its history.
+COMMIT = "SPECDEC_COMMIT"
 DEFAULT_QUESTIONS = ROOT.parent / "shared" / "data" / "spec_bench_dev.jsonl"
 
 
@@ -78,7 +80,8 @@ def provenance(**settings: Any) -> dict[str, Any]:
     packages = ("torch", "transformers", "specdec-lab")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
+        # A tree that was copied without its history is told its commit.
+        "commit": git("rev-parse", "HEAD") or os.environ.get(COMMIT, ""),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu,
         "cores": os.cpu_count(),

@@ -21,6 +21,8 @@ def main(architectures: tuple[str, ...], out: Path | None) -> None:
         reports = [report._asdict() for report in compile_all(architectures, compiler)]
     except BuildError as error:
         raise click.ClickException(f"the CUDA sources: {error}") from error
+    if not reports:
+        raise click.ClickException(f"{compiler.name} {compiler.version} reports nothing")
     columns = list(reports[0])
     click.echo(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for kernel in reports:

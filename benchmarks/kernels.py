@@ -15,7 +15,7 @@ in floating point, or the number of integers that differ.
 
 `tree_attention` has two rivals in torch, on the same caches: `sdpa`, scaled_dot_product_attention with a dense mask
 that is made beforehand and with the heads of a group as rows, so that it reads a key once, too; and `flash`, the flash
-attention in torch, on chains, which are all it can do.
+attention in torch, on chains, which are all it can do. `attend` has one: `parts`, the launches it takes the place of.
 
 On the CPU the definitions alone are timed, with a clock; there is nothing else to compare them with.
 """
@@ -202,6 +202,39 @@ def attention(b: int, n: int, c: int) -> Case:
     )
 
 
+def attending(b: int, n: int, c: int) -> Case:
+    """Rotation, cache write and attention of a layer."""
+    dtype, heads = torch.bfloat16, HEADS + 2 * KV_HEADS
+
+    def make(generator: torch.Generator) -> Call:
+        device = generator.device
+        normal = partial(torch.randn, generator=generator, device=device)
+        angle = 3 * normal(b, n, HEAD_SIZE // 2)
+        keys, values = normal(2, b, c + n, KV_HEADS, HEAD_SIZE, dtype=dtype)
+        rotation = torch.stack((angle.cos(), angle.sin()), -1)
+        length = torch.full((b,), c, device=device)
+        projected = normal(b, n, heads, HEAD_SIZE, dtype=dtype)
+        return Call((projected, rotation, keys, values, length), {"extent": c + n}, (keys[:, c:], values[:, c:]))
+
+    cache = 2 * 2 * b * (c + n) * KV_HEADS * HEAD_SIZE
+    moved = cache + 2 * 2 * b * n * heads * HEAD_SIZE + 4 * b * n * HEAD_SIZE
+    sizes = {"b": b, "n": n, "c": c}
+    return Case("attend", "chain", sizes, dtype, (b, n, heads, HEAD_SIZE), cache, moved, make)
+
+
+def parts_of_attend(device: torch.device) -> Callable[..., Any]:
+    """`attend` as the launches of its parts."""
+    turn = resolve("rope_write", device, torch.bfloat16)
+    mix = resolve("tree_attention", device, torch.bfloat16)
+
+    def run(heads: Tensor, rotation: Tensor, keys: Tensor, values: Tensor, length: Tensor, *, extent: int) -> Tensor:
+        slots = length[:, None] + torch.arange(heads.shape[1], device=device)
+        mixed: Tensor = mix(turn(heads, rotation, slots, keys, values), keys, values, length, extent=extent)
+        return mixed
+
+    return run
+
+
 def committing(b: int, n: int, c: int) -> Case:
     """A chain of which all was accepted, behind a text of `c` tokens."""
     v = VOCABULARIES[0]
@@ -324,6 +357,7 @@ def cases() -> dict[str, list[Case]]:
         keep(b, n, c) for c in (512, 4096, 32768) for b, n in [(1, 8), (8, 8), (64, 8), (1, 64), (8, 64)]
     ]
     found["tree_attention"] = [attention(b, n, c) for c in (4096, 512, 32768) for b, n in grid]
+    found["attend"] = [attending(b, n, c) for c in (512, 4096, 32768) for b, n in ((1, 1), (1, 8), (8, 1), (1, 16))]
     found["commit"] = [committing(b, n, c) for c in (512, 32768) for b, n in grid[:5]]
     found["count_round"] = [counting(b, n) for b, n in grid[:5]]
     found["suffix_match"] = [
@@ -471,6 +505,8 @@ def contenders(case: Case, device: torch.device, compiled: bool) -> dict[str, Co
         made["sdpa"] = Contender(lambda: sdpa, with_dense_mask)
         if case.label == "chain":
             made["flash"] = Contender(lambda: flash)
+    if case.op == "attend" and device.type == "cuda":
+        made["parts"] = Contender(partial(parts_of_attend, device))
     return made
 
 
@@ -553,9 +589,11 @@ def run(
     quick: bool = False,
     ops: Sequence[str] = (),
     compile: str = "first",
+    most: float = 0.2,
     keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """Measure until all cases are done or `seconds` are over; `keep` gets the report after every case.
+    """Measure until all cases are done or `seconds` are over; `keep` gets the report after every case. `most`: seconds
+    of one timing.
 
     `compile`: torch.compile of the definition for `all` cases, the `first` of each operation, or `none`.
     """
@@ -564,7 +602,7 @@ def run(
     found = {op: made for op, made in cases().items() if not ops or op in ops}
     plan = list(planned(found, LARGEST[device.type], quick, compile if device.type != "cpu" else "none"))
     report: dict[str, Any] = {
-        "provenance": provenance(seconds=seconds, quick=quick, ops=list(ops), compile=compile),
+        "provenance": provenance(seconds=seconds, quick=quick, ops=list(ops), compile=compile, most=most),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "copy_gb_s": bandwidth / 1e9,
         "cases": len(plan),
@@ -581,7 +619,7 @@ def run(
                 device,
                 bandwidth=bandwidth,
                 compiled=compiled,
-                most=0.05 if quick else 0.2,
+                most=most / 4 if quick else most,
                 deadline=begin + seconds,
             )
         except (RuntimeError, ValueError) as error:
@@ -636,8 +674,11 @@ def write(report: Mapping[str, Any], out: Path) -> None:
 @click.option("--quick", is_flag=True, help="Two cases of each operation, a quarter of the calls.")
 @click.option("--op", "ops", multiple=True, help="Only these operations.")
 @click.option("--compile", type=click.Choice(["first", "all", "none"]), default="first", show_default=True)
+@click.option("--most", default=0.2, show_default=True, help="Seconds of one timing, of which a case has several.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write OUT.json, OUT.csv and OUT.md.")
-def main(device: str, seconds: float, quick: bool, ops: tuple[str, ...], compile: str, out: Path | None) -> None:
+def main(
+    device: str, seconds: float, quick: bool, ops: tuple[str, ...], compile: str, most: float, out: Path | None
+) -> None:
     """Time every operation."""
     unknown = sorted(set(ops) - set(cases()))
     if unknown:
@@ -649,7 +690,7 @@ def main(device: str, seconds: float, quick: bool, ops: tuple[str, ...], compile
         click.echo(f"on {place.type} the torch definitions alone are timed", err=True)
     keep = (lambda report: write(report, out)) if out else (lambda report: None)
     with torch.inference_mode():
-        report = run(place, seconds=seconds, quick=quick, ops=ops, compile=compile, keep=keep)
+        report = run(place, seconds=seconds, quick=quick, ops=ops, compile=compile, most=most, keep=keep)
     click.echo(table(report))
 
 

@@ -153,6 +153,10 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("triton", stated("ops.product_triton"), lazy("ops.product_triton", "product")),
         Implementation("torch", anywhere, lazy("ops.product", "product")),
     ),
+    "attend": (
+        Implementation("cuda", stated("ops.attend_cuda"), lazy("ops.attend_cuda", "attend")),
+        Implementation("torch", anywhere, lazy("ops.attend", "attend")),
+    ),
     "tree_attention": (
         Implementation("triton", stated("ops.attention_triton"), lazy("ops.attention_triton", "tree_attention")),
         Implementation("flex", stated("ops.attention_flex"), lazy("ops.attention_flex", "tree_attention")),

@@ -1,10 +1,11 @@
 """The forward of a Llama-like model on an accelerator: a few launches a layer, and no question to the device.
 
-Up to `product`'s few rows a layer is six or seven launches: norm, projection, rotation and cache write, attention (and
-its combination past the first split), projection and residual, gated projection with its norm, projection and
-residual. There a node's logits are the same bits for any number of nodes up to 8, so verifying several drafts agrees
-with decoding one token at a time exactly. Longer windows, such as prompts, go through the library's matrix products
-with the norms, `silu * up` and rotations fused around them.
+Up to `product`'s few rows a layer is five launches where `attend` is one: projection with its norm; rotation, cache
+write and attention; projection and residual; gated projection with its norm; projection and residual. Elsewhere
+rotation, attention and its combination past the first split are launches of their own. There a node's logits are the
+same bits for any number of nodes up to 8, so verifying several drafts agrees with decoding one token at a time exactly.
+Longer windows, such as prompts, go through the library's matrix products with the norms, `silu * up` and rotations
+fused around them.
 
 Everything that varies from call to call is on the device, lengths and masks included: a forward over a cache whose
 `extent` stands still can be captured as a graph. Its definition is the torch decoder in `specdec.models.decoder`.
@@ -26,15 +27,17 @@ from specdec.models.window import Window, additive_mask, open_window
 from specdec_kernels.dispatch import choose, resolve
 from specdec_kernels.ops.attention import MAX_WIDTH, pack_ancestors
 
-OPERATIONS = ("product", "tree_attention", "rope_write", "rms_norm_residual", "silu_mul")
+OPERATIONS = ("product", "attend", "tree_attention", "rope_write", "rms_norm_residual", "silu_mul")
 
 Attend = Callable[[int, Tensor], Tensor]
 
 
 class _Kernels(NamedTuple):
-    """The implementations that were chosen; `few` is the most rows that go through `product`, 0 for none."""
+    """The implementations that were chosen; `few` is the most rows that go through `product`, 0 for none, and `attend`
+    is `None` where `rope_write` and `tree_attention` do its work."""
 
     product: Callable[..., Any]
+    attend: Callable[..., Any] | None
     tree_attention: Callable[..., Any]
     rope_write: Callable[..., Any]
     rms_norm_residual: Callable[..., Any]
@@ -64,16 +67,25 @@ def choose_kernels(
         raise ValueError(f"the fused forward has no operation {unknown[0]!r}; it has {', '.join(OPERATIONS)}")
     shapes = {
         "product": (1, spec.hidden),
+        "attend": (1, 1, spec.heads + 2 * spec.kv_heads, spec.head_size),
         "tree_attention": (1, 1, spec.heads, spec.head_size),
         "rope_write": (1, 1, spec.heads + 2 * spec.kv_heads, spec.head_size),
         "rms_norm_residual": (1, 1, spec.hidden),
         "silu_mul": (1, 1, 2 * spec.inner),
     }
-    functions, names = {}, {}
+    functions: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for op in OPERATIONS:
         wanted = requested.get(op, "auto")
+        if op == "attend" and wanted == "auto" and {"rope_write", "tree_attention"} & set(requested):
+            # Its parts were asked for.
+            wanted = "torch"
         names[op] = choose(op, device, dtype, shapes[op], wanted).implementation
         functions[op] = resolve(op, device, dtype, shapes[op], wanted)
+    if names["attend"] == "torch":
+        functions["attend"] = None
+    elif names["product"] == "cuda":
+        functions["attend"] = partial(functions["attend"], early=True)
     few = 0
     if names["product"] != "torch":
         few = import_module(f"specdec_kernels.ops.product_{names['product']}").MOST_ROWS
@@ -105,18 +117,18 @@ def pack_fused(
         with torch.inference_mode():
             window = open_window(cache, tokens.shape[1], depth, spec.max_length)
             hidden = functional.embedding(tokens, network.embedding)
-            attend = _attention(network, kernels, cache, window, visible, hidden.dtype)
+            attend = _attention(network, kernels, cache, window, visible, hidden.dtype, few)
             hidden, delta = (_few_rows if few else _many_rows)(network, kernels, count, hidden, attend)
         if not logits and not features:
             return None, None, window.extent
         # Out of inference mode again: what callers get is a tensor they may write to and train on.
         with torch.no_grad():
-            _, states = kernels.rms_norm_residual(hidden, delta, network.final_norm, spec.norm_eps)
-            return (
-                _head(network.head, kernels, states, few) if logits else None,
-                states if features else None,
-                window.extent,
-            )
+            states, made = None, None
+            if features or not few:
+                _, states = kernels.rms_norm_residual(hidden, delta, network.final_norm, spec.norm_eps)
+            if logits:
+                made = _logits(network, kernels, hidden, None if few else states)
+            return made, states if features else None, window.extent
 
     return run
 
@@ -148,7 +160,13 @@ def _many_rows(
 
 
 def _attention(
-    network: _Network, kernels: _Kernels, cache: KVCache, window: Window, visible: Tensor | None, dtype: torch.dtype
+    network: _Network,
+    kernels: _Kernels,
+    cache: KVCache,
+    window: Window,
+    visible: Tensor | None,
+    dtype: torch.dtype,
+    few: bool,
 ) -> Attend:
     """The function from a layer's index and its projected heads `[b n all_heads * d]` to the mixed values `[b n h]`."""
     spec, slots = network.spec, cache.store.slots[0]
@@ -160,9 +178,22 @@ def _attention(
     else:
         ancestors = None if visible is None else pack_ancestors(visible)
         width = n if visible is None else visible.shape[2]
-        mix = partial(
-            kernels.tree_attention, length=cache.length, ancestors=ancestors, width=width, extent=window.extent
-        )
+        seen = {"length": cache.length, "ancestors": ancestors, "width": width, "extent": window.extent}
+        if few and kernels.attend is not None:
+            at_once = partial(kernels.attend, eps=spec.norm_eps, **seen)
+
+            def attend_at_once(index: int, heads: Tensor) -> Tensor:
+                mixed: Tensor = at_once(
+                    heads.view(rows, n, -1, size),
+                    rotation,
+                    slots[2 * index],
+                    slots[2 * index + 1],
+                    head_norm=network.layers[index].head_norm,
+                )
+                return mixed.view(rows, n, -1)
+
+            return attend_at_once
+        mix = partial(kernels.tree_attention, **seen)
 
     def attend(index: int, heads: Tensor) -> Tensor:
         keys, values = slots[2 * index], slots[2 * index + 1]
@@ -203,10 +234,14 @@ def _rotation(network: _Network, positions: Int[Tensor, "b n"]) -> Float[Tensor,
     return torch.view_as_real(torch.polar(network.radii, positions[:, :, None] * network.angles))
 
 
-def _head(head: Affine, kernels: _Kernels, states: Float[Tensor, "b n h"], few: bool) -> Float[Tensor, "b n v"]:
-    """Logits in float32, or float64 in a float64 model."""
-    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
-    if few:
-        logits: Tensor = kernels.product(states, *head, dtype=wide)
-        return logits
-    return functional.linear(states, *head).to(wide)
+def _logits(
+    network: _Network, kernels: _Kernels, hidden: Float[Tensor, "b n h"], states: Float[Tensor, "b n h"] | None
+) -> Float[Tensor, "b n v"]:
+    """Logits in float32, or float64 in a float64 model, of normed `states`, or of a residual stream whose norm goes
+    into the product."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if states is not None:
+        return functional.linear(states, *network.head).to(wide)
+    norm, eps = network.final_norm, network.spec.norm_eps
+    logits: Tensor = kernels.product(hidden, *network.head, norm=norm, eps=eps, dtype=wide)
+    return logits

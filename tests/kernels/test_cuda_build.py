@@ -138,14 +138,18 @@ def test_a_torch_without_a_gpu_is_a_reason():
 
 
 @pytest.mark.parametrize("name", COMPILERS)
-def test_every_source_compiles_for_ampere_and_hopper_and_the_cache_kernel_does_not_spill(name):
-    reports = build.compile_all(("sm_80", "sm_90"), build.find_compiler(name))
+def test_every_source_compiles_for_ampere_and_hopper_and_what_must_not_spill_does_not(name):
+    compiler = build.find_compiler(name)
+    reports = build.compile_all(("sm_80", "sm_90"), compiler)
+    if not reports:
+        pytest.skip(f"all compile, and {compiler.name} {compiler.version} reports nothing of them")
+    # `attend` is for GPUs with clusters.
     assert {(report.source, report.architecture) for report in reports} == {
         (source, architecture) for source in build.sources() for architecture in ("sm_80", "sm_90")
-    }
+    } - {("attend", "sm_80")}
     for report in reports:
         assert 0 < report.registers <= 255
-        if report.source == "kv_keep":
+        if report.source in ("kv_keep", "attend"):
             assert report.spill_stores == report.spill_loads == 0, report
 
 

@@ -107,35 +107,54 @@ def test_splits_cover_a_row_in_whole_vectors(nodes, vocabulary, item):
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "made", "gated", "norm", "name", "warps"),
+    ("rows", "outputs", "inputs", "made", "gated", "norm", "name", "warps"),
     [
-        (1, 2048, torch.bfloat16, False, False, "product_bfloat16_bfloat16_16_1", 16),
-        (8, 2112, torch.bfloat16, False, True, "product_bfloat16_bfloat16_16_1_norm", 16),
-        (9, 2113, torch.bfloat16, True, True, "product_bfloat16_bfloat16_8_2_gated_norm", 8),
-        (16, 128256, torch.float32, False, False, "product_bfloat16_float32_8_2", 8),
+        (1, 2048, 2048, torch.bfloat16, False, False, "product_bfloat16_bfloat16_16_1", 16),
+        (8, 2112, 8192, torch.bfloat16, False, True, "product_bfloat16_bfloat16_16_1_norm", 16),
+        (9, 2112, 8192, torch.bfloat16, False, False, "product_bfloat16_bfloat16_32_2", 32),
+        (9, 2113, 2048, torch.bfloat16, True, True, "product_bfloat16_bfloat16_8_2_gated_norm", 8),
+        (1, 4224, 3072, torch.bfloat16, False, False, "product_bfloat16_bfloat16_16_1", 16),
+        (1, 4224, 3072, torch.bfloat16, True, False, "product_bfloat16_bfloat16_8_1_gated", 8),
+        (16, 128256, 4096, torch.float32, False, False, "product_bfloat16_float32_8_2", 8),
     ],
 )
-def test_the_kernel_of_a_product(rows, outputs, made, gated, norm, name, warps):
-    chosen = product_cuda.choose_kernel(rows, outputs, torch.bfloat16, made, gated=gated, norm=norm)
+def test_the_kernel_of_a_product(rows, outputs, inputs, made, gated, norm, name, warps):
+    chosen = product_cuda.choose_kernel(rows, outputs, inputs, torch.bfloat16, made, gated=gated, norm=norm)
     assert chosen == (name, warps)
 
 
-def test_every_kernel_that_a_launch_can_name_is_compiled():
+@given(outputs=st.integers(1, 300_000), inputs=st.integers(1, 30_000), gated=st.booleans(), norm=st.booleans())
+def test_the_warps_of_a_product_do_not_depend_on_its_rows(outputs, inputs, gated, norm):
+    chosen = [
+        product_cuda.choose_kernel(rows, outputs, inputs, torch.bfloat16, torch.bfloat16, gated=gated, norm=norm)[1]
+        for rows in (1, 8, 9, 16)
+    ]
+    assert len(set(chosen)) == 1
+
+
+def test_every_kernel_that_a_launch_can_name_is_compiled(tmp_path):
     try:
-        reports = build.compile_all(("sm_80",))
+        compiler = build.find_compiler()
     except build.BuildError as error:
         pytest.skip(f"no compiler: {error}")
-    names = {(report.source, report.kernel) for report in reports}
-    wanted = {("kv_keep", f"kv_keep_{width}") for width in (1, 2, 4, 8, 16)}
-    wanted |= {("verify_greedy", f"largest_{kind}") for kind in ("float32", "float16", "bfloat16")}
-    wanted |= {("verify_greedy", "walk")}
-    wanted |= {
-        ("product", product_cuda.choose_kernel(rows, outputs, kind, made, gated=gated, norm=norm)[0])
-        for rows in (1, 16)
-        for outputs in (16, 4096)
-        for kind in (torch.float16, torch.bfloat16)
-        for made in (kind, torch.float32)
-        for gated in (False, True)
-        for norm in (False, True)
+    wanted = {
+        "kv_keep": {f"kv_keep_{width}" for width in (1, 2, 4, 8, 16)},
+        "verify_greedy": {"walk", *(f"largest_{kind}" for kind in ("float32", "float16", "bfloat16"))},
+        "attend": {f"attend_{kind}_{size}" for kind in ("float16", "bfloat16") for size in (64, 128)},
+        "product": {
+            product_cuda.choose_kernel(rows, outputs, inputs, kind, made, gated=gated, norm=norm)[0]
+            for rows in (1, 16)
+            for outputs in (16, 4096, 128256)
+            for inputs in (64, 8192)
+            for kind in (torch.float16, torch.bfloat16)
+            for made in (kind, torch.float32)
+            for gated in (False, True)
+            for norm in (False, True)
+        },
     }
-    assert wanted <= names
+    assert set(wanted) == set(build.sources())
+    for source, names in wanted.items():
+        compiler.compile(build.SOURCE / f"{source}.cu", "sm_90", tmp_path / source)
+        # The names of its symbols, each ended by a zero.
+        cubin = (tmp_path / source).read_bytes()
+        assert not [name for name in names if b"\0%s\0" % name.encode() not in cubin]

@@ -37,11 +37,11 @@ __device__ __forceinline__ void keep(
 
 // slots: groups x rows x c slots of `vectors` vectors of type V, strides in vectors; base, count: [rows]; nodes: [rows,
 // width], contiguous. A block for every group, row and `chunks` of 128 vectors (ops/keep_cuda.py).
-#define SPECDEC_KEEP(name, V)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
-      name(V* slots, const int64_t* base, const int64_t* nodes, const int64_t* count, int64_t rows, int64_t width,   \
-           int64_t chunks, int64_t vectors, int64_t group_stride, int64_t row_stride, int64_t slot_stride) {         \
-    keep<V>(slots, base, nodes, count, rows, width, chunks, vectors, group_stride, row_stride, slot_stride);         \
+#define SPECDEC_KEEP(name, V)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                              \
+      name(V* slots, const int64_t* base, const int64_t* nodes, const int64_t* count, int64_t rows, int64_t width,    \
+           int64_t chunks, int64_t vectors, int64_t group_stride, int64_t row_stride, int64_t slot_stride) {          \
+    keep<V>(slots, base, nodes, count, rows, width, chunks, vectors, group_stride, row_stride, slot_stride);          \
   }
 
 SPECDEC_KEEP(kv_keep_16, uint4)

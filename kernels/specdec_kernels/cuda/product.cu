@@ -190,20 +190,22 @@ __device__ __forceinline__ void product(const Arguments& a) {
 // x [rows, inputs], weight [outputs or 2 outputs, inputs], bias, norm [inputs], residual and out [rows, outputs], all
 // contiguous, 16-byte aligned and of one 16-bit type but for `out`, which may be float32. inputs % 8 == 0. A block for
 // every 16 outputs. A kernel's name says its types, warps a block, tiles of 8 rows and parts (ops/product_cuda.py).
-#define SPECDEC_KERNEL(name, T, Out, WARPS, TILES, GATED, NORM)                     \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) name(const Arguments a) { \
-    product<T, Out, WARPS, TILES, GATED, NORM>(a);                                   \
+#define SPECDEC_KERNEL(name, T, Out, WARPS, TILES, GATED, NORM)                                                       \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) name(const Arguments a) {                                  \
+    product<T, Out, WARPS, TILES, GATED, NORM>(a);                                                                    \
   }
-#define SPECDEC_PARTS(name, T, Out, WARPS, TILES)                        \
-  SPECDEC_KERNEL(name, T, Out, WARPS, TILES, false, false)               \
-  SPECDEC_KERNEL(name##_norm, T, Out, WARPS, TILES, false, true)         \
-  SPECDEC_KERNEL(name##_gated, T, Out, WARPS, TILES, true, false)        \
+#define SPECDEC_PARTS(name, T, Out, WARPS, TILES)                                                                     \
+  SPECDEC_KERNEL(name, T, Out, WARPS, TILES, false, false)                                                            \
+  SPECDEC_KERNEL(name##_norm, T, Out, WARPS, TILES, false, true)                                                      \
+  SPECDEC_KERNEL(name##_gated, T, Out, WARPS, TILES, true, false)                                                     \
   SPECDEC_KERNEL(name##_gated_norm, T, Out, WARPS, TILES, true, true)
-#define SPECDEC_SHAPES(name, T, Out)           \
-  SPECDEC_PARTS(name##_8_1, T, Out, 8, 1)      \
-  SPECDEC_PARTS(name##_8_2, T, Out, 8, 2)      \
-  SPECDEC_PARTS(name##_16_1, T, Out, 16, 1)    \
-  SPECDEC_PARTS(name##_16_2, T, Out, 16, 2)
+#define SPECDEC_SHAPES(name, T, Out)                                                                                  \
+  SPECDEC_PARTS(name##_8_1, T, Out, 8, 1)                                                                             \
+  SPECDEC_PARTS(name##_8_2, T, Out, 8, 2)                                                                             \
+  SPECDEC_PARTS(name##_16_1, T, Out, 16, 1)                                                                           \
+  SPECDEC_PARTS(name##_16_2, T, Out, 16, 2)                                                                           \
+  SPECDEC_KERNEL(name##_32_1, T, Out, 32, 1, false, false)                                                            \
+  SPECDEC_KERNEL(name##_32_2, T, Out, 32, 2, false, false)
 
 SPECDEC_SHAPES(product_float16_float16, __half, __half)
 SPECDEC_SHAPES(product_float16_float32, __half, float)

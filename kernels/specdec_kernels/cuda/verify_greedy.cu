@@ -98,11 +98,11 @@ struct Ids {
 
 // logits: [rows, nodes, vocabulary], the last axis dense, other strides in elements. A block for every node and split,
 // which reads `share` logits (ops/verify_cuda.py). words: [rows, nodes, splits].
-#define SPECDEC_LARGEST(name, T)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                                          \
-      name(const T* logits, int64_t row_stride, int64_t node_stride, int64_t nodes, int64_t vocabulary, int64_t share, \
-           uint64_t* words) {                                                                                     \
-    largest<T>(logits, row_stride, node_stride, nodes, vocabulary, share, words);                                 \
+#define SPECDEC_LARGEST(name, T)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                              \
+      name(const T* logits, int64_t row_stride, int64_t node_stride, int64_t nodes, int64_t vocabulary, int64_t share,\
+           uint64_t* words) {                                                                                         \
+    largest<T>(logits, row_stride, node_stride, nodes, vocabulary, share, words);                                     \
   }
 
 SPECDEC_LARGEST(largest_float32, float)
