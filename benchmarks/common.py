@@ -80,8 +80,8 @@ def provenance(**settings: Any) -> dict[str, Any]:
     packages = ("torch", "transformers", "specdec-lab")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        # A tree that was copied without its history is told its commit.
-        "commit": git("rev-parse", "HEAD") or os.environ.get(COMMIT, ""),
+        # A tree that was copied without its history is told its commit; git might find that of a folder around it.
+        "commit": os.environ.get(COMMIT) or git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu,
         "cores": os.cpu_count(),

@@ -224,7 +224,7 @@ def machine(context: Context) -> Iterator[Row]:
     packages = ("torch", "triton", "transformers", "jaxtyping", "beartype", "numpy", "hypothesis")
     row: Row = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": said("git", "rev-parse", "HEAD") or context.commit,
+        "commit": context.commit or said("git", "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in packages},
         "cuda": torch.version.cuda,
@@ -813,7 +813,7 @@ def _cell(value: Any) -> str:
 @click.option("--prompt-tokens", default=448, show_default=True)
 @click.option("--smollm", "folder", type=click.Path(path_type=Path), help="Folder of SmolLM2-135M.")
 @click.option("--questions", type=click.Path(path_type=Path), help="A Spec-Bench question file.")
-@click.option("--commit", envvar="SPECDEC_COMMIT", help="Commit of the tree, where git is not there to ask.")
+@click.option("--commit", envvar="SPECDEC_COMMIT", help="Commit of the tree, where git cannot tell.")
 @click.option("--dry", is_flag=True, help="Tiny shapes on the CPU: does the script run?")
 @click.option("--exercise", "exercising", is_flag=True, hidden=True)
 def main(

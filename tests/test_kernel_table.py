@@ -46,3 +46,10 @@ def test_an_operation_without_cases_is_refused_in_one_line():
     done = run("--op", "conv")
     assert done.returncode == 2
     assert "no cases for conv; there are verify_greedy, " in done.stderr
+
+
+def test_a_tree_without_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDEC_COMMIT", "0123abc")
+    done = run("--seconds", "0", "--out", str(tmp_path / "table"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "table.json").read_text())["provenance"]["commit"] == "0123abc"

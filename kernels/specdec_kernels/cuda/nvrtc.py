@@ -8,9 +8,13 @@ from ctypes.util import find_library
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from specdec_kernels.compiling import BuildError
+
+# Of programs compiled at the same time, NVRTC 13.0 returned the assembler's report for some alone.
+_one_at_a_time = Lock()
 
 # The headers that the sources include.
 _HEADERS = ("cuda_fp16.h", "cuda_bf16.h")
@@ -48,7 +52,8 @@ def compile_cubin(nvrtc: Nvrtc, source: Path, architecture: str, options: Sequen
     _check(nvrtc, library.nvrtcCreateProgram(byref(program), text, name, 0, None, None))
     try:
         arguments = (c_char_p * len(words))(*(word.encode() for word in words))
-        status = library.nvrtcCompileProgram(program, len(words), arguments)
+        with _one_at_a_time:
+            status = library.nvrtcCompileProgram(program, len(words), arguments)
         _check(nvrtc, library.nvrtcGetProgramLogSize(program, byref(size)))
         log = ctypes.create_string_buffer(size.value)
         _check(nvrtc, library.nvrtcGetProgramLog(program, log))
