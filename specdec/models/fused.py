@@ -1,7 +1,7 @@
 """The forward of a Llama-like model on an accelerator: a few launches a layer, and no question to the device.
 
-Up to `product`'s few rows a layer is five launches where `attend` is one: projection with its norm; rotation, cache
-write and attention; projection and residual; gated projection with its norm; projection and residual. Elsewhere
+Up to `product`'s few rows a layer is five launches where `attend` runs and pays: projection with its norm; rotation,
+cache write and attention; projection and residual; gated projection with its norm; projection and residual. Elsewhere
 rotation, attention and its combination past the first split are launches of their own. There a node's logits are the
 same bits for any number of nodes up to 8, so verifying several drafts agrees with decoding one token at a time exactly.
 Longer windows, such as prompts, go through the library's matrix products with the norms, `silu * up` and rotations
@@ -25,6 +25,7 @@ from specdec.cache import KVCache
 from specdec.models.checkpoint import Affine, Ends, LayerWeights, Spec
 from specdec.models.window import Window, additive_mask, open_window
 from specdec_kernels.dispatch import choose, resolve
+from specdec_kernels.ops.attend import pays
 from specdec_kernels.ops.attention import MAX_WIDTH, pack_ancestors
 
 OPERATIONS = ("product", "attend", "tree_attention", "rope_write", "rms_norm_residual", "silu_mul")
@@ -179,7 +180,7 @@ def _attention(
         ancestors = None if visible is None else pack_ancestors(visible)
         width = n if visible is None else visible.shape[2]
         seen = {"length": cache.length, "ancestors": ancestors, "width": width, "extent": window.extent}
-        if few and kernels.attend is not None:
+        if kernels.attend is not None and few and pays(rows, n, cache.capacity):
             at_once = partial(kernels.attend, eps=spec.norm_eps, **seen)
 
             def attend_at_once(index: int, heads: Tensor) -> Tensor:

@@ -247,3 +247,11 @@ def test_the_environment_is_read_when_the_choice_is_made(monkeypatch):
     assert choose("linear", CPU, torch.float32).implementation == "torch"
     monkeypatch.delenv("SPECDEC_FORCE_PY")
     assert choose("linear", CPU, torch.float32).reason != "SPECDEC_FORCE_PY=1"
+
+
+def test_one_launch_of_attention_is_for_one_row_a_few_nodes_and_short_caches():
+    from specdec_kernels.ops.attend import pays
+
+    # The same for all windows that promise the same bits.
+    assert {pays(1, n, capacity) for n in range(1, 9) for capacity in (16, 2048)} == {True}
+    assert not any((pays(2, 1, 512), pays(1, 9, 512), pays(1, 1, 2049)))

@@ -31,3 +31,15 @@ def attend(
     query = rope_write(heads, rotation, slots, keys, values, head_norm, eps)
     mixed: torch.Tensor = tree_attention(query, keys, values, length, ancestors, width=width, extent=extent)
     return mixed
+
+
+def pays(rows: int, n: int, capacity: int) -> bool:
+    """Whether one launch beats those of `rope_write` and `tree_attention`, for so many rows, new nodes and slots of a
+    row of the cache.
+
+    Measured on an H100, 32 heads over 8 of 128 channels, microseconds: 8 to 13 for one row and node behind 512 slots,
+    23 to 20 behind 4096, 107 to 81 behind 32768; 27 to 19 for 8 rows; 34 to 15 for 16 nodes. In forwards of 1B, 3B and
+    8B behind 450 slots, up to 6 % less for 1 to 4 nodes, within 1 % for 5 to 8, and 1 to 9 % more for 9. The answer is
+    the same for 1 to 8 nodes and for all that a cache holds, so that drafts are verified with the bits of decoding.
+    """
+    return rows == 1 and n <= 8 and capacity <= 2048
