@@ -7,7 +7,6 @@ to itself is the noise of the machine.
 python benchmarks/overhead.py --out docs/results/overhead.jsonl
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -25,11 +24,8 @@ from decode_cpu import default_parts
 
 from specdec import build_step, init_state, iterate
 from specdec.models.loading import load
-from specdec.sweep.config import parse_config
-from specdec.sweep.finish import finish_folder
 from specdec.sweep.journal import ROWS, read_rows
 from specdec.sweep.prompts import SUITE
-from specdec.sweep.runner import run_sweep
 from specdec.target import encode_messages
 from specdec.transforms import Parts, timed_parts, with_timing
 from specdec_kernels.clock import Clock
@@ -83,54 +79,36 @@ def timing_cost(new_tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def sweep_cost(new_tokens: int, iterations: int) -> dict[str, Any]:
-    """Seconds of a process that sweeps, from before its start to behind its end, by what it does. `overhead`: the share
-    of everything but decoding; the rounds of the warm-up are decoding, too."""
+    """Seconds of `specdec sweep`, from before its process begins to when it has ended. `overhead`: the share of all
+    but the decoding of samples; `before_s` holds imports, loading and warming up, `after_s` figures and report."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        command = [sys.executable, __file__, "--new-tokens", str(new_tokens), "--iterations", str(iterations)]
+        folder = Path(temporary, "run")
+        options = {
+            "drafter": ["ngram", "suffix"],
+            "k": ["2,4"],
+            "max-new-tokens": [new_tokens],
+            "iterations": [iterations],
+        }
+        words = [f"--{name}={value}" for name, values in options.items() for value in values]
+        command = [sys.executable, "-m", "specdec_cli", "sweep", f"--model={MODEL}", *words, f"--out={folder}"]
         begin = time.time()
-        done = subprocess.run([*command, "--sweep-into", temporary], capture_output=True, text=True, check=True)
+        subprocess.run(command, capture_output=True, check=True)
         end = time.time()
         rows = list(read_rows(folder / ROWS))
-    at = {"begin": begin, **json.loads(done.stdout.splitlines()[-1]), "end": end}
+    first, last = (datetime.fromisoformat(rows[place]["finished_at"]).timestamp() for place in (0, -1))
+    first -= rows[0]["batch_wall_s"]
     decoding = sum(row["batch_wall_s"] for row in rows)
-    # Warming up tells when it begins, and ends where the first sample begins.
-    first = datetime.fromisoformat(rows[0]["finished_at"]).timestamp() - rows[0]["batch_wall_s"]
-    warm_up, process = first - at["warming up"], end - begin
     return {
         "samples": len(rows),
-        "process_s": process,
+        "process_s": end - begin,
         "decoding_s": decoding,
-        "warm_up_s": warm_up,
-        "import_s": at["imported"] - at["begin"],
-        "load_and_describe_s": at["started"] - at["imported"],
-        "loop_s": at["ran"] - first - decoding,
-        "finish_s": at["finished"] - at["ran"],
-        "exit_s": at["end"] - at["finished"],
-        "overhead": 1 - (decoding + warm_up) / process,
-        "overhead_of_loop": 1 - decoding / (at["ran"] - first),
-        "loop_ms_per_sample": 1000 * (at["ran"] - first - decoding) / len(rows),
+        "before_s": first - begin,
+        "loop_s": last - first - decoding,
+        "after_s": end - last,
+        "overhead": 1 - decoding / (end - begin),
+        "overhead_of_loop": 1 - decoding / (last - first),
+        "loop_ms_per_sample": 1000 * (last - first - decoding) / len(rows),
     }
-
-
-def run_parts(folder: Path, new_tokens: int, iterations: int) -> dict[str, float]:
-    """A sweep of a process of its own, and the times at which its parts began or ended."""
-    at = {"imported": time.time()}
-
-    def note(name: str) -> None:
-        at.setdefault(name, time.time())
-
-    settings = {"drafter": ["ngram", "suffix"], "k": "2,4", "max_new_tokens": new_tokens, "iterations": iterations}
-    run_sweep(
-        parse_config({"model": MODEL, **settings}),
-        folder,
-        started=lambda plan: note("started"),
-        progress=lambda stage, done, total: note(stage),
-    )
-    note("ran")
-    finish_folder(folder)
-    note("finished")
-    return at
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -142,12 +120,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 @click.option("--new-tokens", default=64, show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="Of the ten prompts, for the step.")
 @click.option("--iterations", default=3, show_default=True, help="Of the sweep.")
-@click.option("--sweep-into", type=click.Path(path_type=Path), hidden=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Append the rows and their provenance there.")
-def main(new_tokens: int, repeats: int, iterations: int, sweep_into: Path | None, out: Path | None) -> None:
-    if sweep_into is not None:
-        click.echo(json.dumps(run_parts(sweep_into, new_tokens, iterations)))
-        return
+def main(new_tokens: int, repeats: int, iterations: int, out: Path | None) -> None:
     settings = {"model": MODEL, "new_tokens": new_tokens, "repeats": repeats, "iterations": iterations}
     with torch.inference_mode():
         measured = {"timing": timing_cost(new_tokens, repeats), "sweep": sweep_cost(new_tokens, iterations)}

@@ -1,5 +1,5 @@
 """`python -m specdec_cli`, for where the `specdec` script is not on the path."""
 
-from specdec_cli.main import cli
+from specdec_cli.main import run
 
-cli(prog_name="specdec")
+run()

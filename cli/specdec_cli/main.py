@@ -1,5 +1,6 @@
 """The command group, and what every command does with mistakes and interrupts."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -73,3 +74,16 @@ cli.add_command(reproduce)
 cli.add_command(replay)
 cli.add_command(what_if)
 cli.add_command(import_lab)
+
+
+def run() -> None:
+    """The `specdec` script: a process of its own, where the collector of garbage has little to find.
+
+    Importing torch and loading a model makes hundreds of thousands of objects that stay. At its usual pace the collector
+    looks through them again and again meanwhile, and once more before the process ends.
+    """
+    gc.set_threshold(100_000, 20, 20)
+    try:
+        cli(prog_name="specdec")
+    finally:
+        gc.freeze()
