@@ -19,12 +19,17 @@ COMMIT = "SPECDEC_COMMIT"
 DEFAULT_QUESTIONS = ROOT.parent / "shared" / "data" / "spec_bench_dev.jsonl"
 
 
-def read_questions(path: Path | None, count: int, *, spread: bool = False) -> list[dict[str, Any]]:
-    """The first `count` questions of a Spec-Bench file, or `count` spread evenly over it (over all categories)."""
+def questions_path(path: Path | None) -> Path:
+    """A Spec-Bench file: `path`, else that of the environment, else the development set beside the repository."""
     path = path or Path(os.environ.get("SPECDEC_QUESTIONS", DEFAULT_QUESTIONS))
     if not path.is_file():
         raise SystemExit(f"no question file at {path}; name a Spec-Bench question.jsonl with --questions-file")
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return path
+
+
+def read_questions(path: Path | None, count: int, *, spread: bool = False) -> list[dict[str, Any]]:
+    """The first `count` questions of a Spec-Bench file, or `count` spread evenly over it (over all categories)."""
+    rows = [json.loads(line) for line in questions_path(path).read_text().splitlines() if line.strip()]
     if spread:
         return [rows[(2 * index + 1) * len(rows) // (2 * count)] for index in range(count)]
     return rows[:count]

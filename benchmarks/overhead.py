@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from common import Rows
+from common import ROOT, Rows, questions_path
 from decode_cpu import default_parts
 
 from specdec import build_step, init_state, iterate
@@ -78,19 +78,12 @@ def timing_cost(new_tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def sweep_cost(new_tokens: int, iterations: int) -> dict[str, Any]:
-    """Seconds of `specdec sweep`, from before its process begins to when it has ended. `overhead`: the share of all
+def sweep_cost(*words: str) -> dict[str, Any]:
+    """Seconds of `specdec sweep WORDS`, from before its process begins to when it has ended. `overhead`: the share of all
     but the decoding of samples; `before_s` holds imports, loading and warming up, `after_s` figures and report."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "run")
-        options = {
-            "drafter": ["ngram", "suffix"],
-            "k": ["2,4"],
-            "max-new-tokens": [new_tokens],
-            "iterations": [iterations],
-        }
-        words = [f"--{name}={value}" for name, values in options.items() for value in values]
-        command = [sys.executable, "-m", "specdec_cli", "sweep", f"--model={MODEL}", *words, f"--out={folder}"]
+        command = [sys.executable, "-m", "specdec_cli", "sweep", *words, f"--out={folder}"]
         begin = time.time()
         subprocess.run(command, capture_output=True, check=True)
         end = time.time()
@@ -116,19 +109,33 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": quartiles[1], "low": quartiles[0], "high": quartiles[2], "min": min(values), "max": max(values)}
 
 
+def measure(new_tokens: int, repeats: int, iterations: int, questions: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What was asked for, one after the other; nothing takes no time."""
+    if repeats:
+        with torch.inference_mode():
+            yield "timing", timing_cost(new_tokens, repeats)
+    if iterations:
+        cells = ("--drafter=ngram", "--drafter=suffix", "--k=2,4")
+        yield (
+            "sweep",
+            sweep_cost(f"--model={MODEL}", *cells, f"--max-new-tokens={new_tokens}", f"--iterations={iterations}"),
+        )
+    if questions:
+        asked = f"--prompts={questions_path(None)}", f"--limit={questions}"
+        yield "k sweep", sweep_cost(str(ROOT / "benchmarks" / "k_sweep.yaml"), *asked)
+
+
 @click.command()
 @click.option("--new-tokens", default=64, show_default=True)
-@click.option("--repeats", default=3, show_default=True, help="Of the ten prompts, for the step.")
-@click.option("--iterations", default=3, show_default=True, help="Of the sweep.")
+@click.option("--repeats", default=3, show_default=True, help="Of the ten prompts, for the step; 0 leaves it out.")
+@click.option("--iterations", default=3, show_default=True, help="Of a sweep of five cells; 0 leaves it out.")
+@click.option("--questions", default=20, show_default=True, help="Of the K sweep; 0 leaves it out.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the rows and their provenance there.")
-def main(new_tokens: int, repeats: int, iterations: int, out: Path | None) -> None:
-    settings = {"model": MODEL, "new_tokens": new_tokens, "repeats": repeats, "iterations": iterations}
-    with torch.inference_mode():
-        measured = {"timing": timing_cost(new_tokens, repeats), "sweep": sweep_cost(new_tokens, iterations)}
-    for kind, found in measured.items():
+def main(out: Path | None, **settings: int) -> None:
+    for kind, found in measure(**settings):
         click.echo(f"{kind}: {found}")
         if out is not None:
-            Rows(out, **settings).add(kind=kind, **found)
+            Rows(out, model=MODEL, **settings).add(kind=kind, **found)
 
 
 if __name__ == "__main__":
