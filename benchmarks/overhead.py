@@ -79,8 +79,8 @@ def timing_cost(new_tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def sweep_cost(*words: str) -> dict[str, Any]:
-    """Seconds of `specdec sweep WORDS`, from before its process begins to when it has ended. `overhead`: the share of all
-    but the decoding of samples; `before_s` holds imports, loading and warming up, `after_s` figures and report."""
+    """Seconds of `specdec sweep WORDS`, from before its process begins to when it has ended. `overhead`: the share of
+    all but the decoding of samples; `before_s` holds imports, loading and warming up, `after_s` figures and report."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "run")
         command = [sys.executable, "-m", "specdec_cli", "sweep", *words, f"--out={folder}"]

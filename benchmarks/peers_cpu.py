@@ -220,7 +220,7 @@ def specdec(new_tokens: int) -> Iterator[tuple[str, Run]]:
 @click.option("--gguf", type=click.Path(path_type=Path), help="Folder for GGUF files.  [default: beside the rows]")
 @click.option("--only", multiple=True, help="Run contenders whose name contains this; HF plain always runs.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the table of --out into this document instead.")
-@click.option("--section", "name", default="peers", show_default=True, help="Of the document.")
+@click.option("--section", "section_name", default="peers", show_default=True, help="Of the document.")
 def main(
     out: Path,
     questions: int,
@@ -232,10 +232,10 @@ def main(
     gguf: Path | None,
     only: tuple[str, ...],
     report: Path | None,
-    name: str,
+    section_name: str,
 ) -> None:
     if report is not None:
-        replace_section(report, name, section(*read_rows(out)))
+        replace_section(report, section_name, section(*read_rows(out)))
         return
     torch.set_num_threads(threads)
     loaded = load(MODEL, device="cpu")

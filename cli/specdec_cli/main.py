@@ -79,8 +79,8 @@ cli.add_command(import_lab)
 def run() -> None:
     """The `specdec` script: a process of its own, where the collector of garbage has little to find.
 
-    Importing torch and loading a model makes hundreds of thousands of objects that stay. At its usual pace the collector
-    looks through them again and again meanwhile, and once more before the process ends.
+    Importing torch and loading a model makes hundreds of thousands of objects that stay. At its usual pace the
+    collector looks through them again and again meanwhile, and once more before the process ends.
     """
     gc.set_threshold(100_000, 20, 20)
     try:
