@@ -100,10 +100,10 @@ def run_sweep(
     """Run what is missing of a sweep in `folder`, and return what there was to do.
 
     `started` hears the plan, then `finished` every new row, once it is on the disk, which it gets to while the next
-    batch is decoded. Whatever ends the process, the same
-    call goes on behind the last row. `prompts` and `costs` stand for the configuration's own (`reproduce`). `execute`:
-    what decodes, in place of this process (`specdec.sweep.cluster`). Raises `ValueError` for a folder that was made by
-    another configuration, or other prompts or weights.
+    batch is decoded. Whatever ends the process, the same call goes on behind the last row. `prompts` and `costs` stand
+    for the configuration's own (`reproduce`). `execute`: what decodes, in place of this process
+    (`specdec.sweep.cluster`). Raises `ValueError` for a folder that was made by another configuration, or other prompts
+    or weights.
     """
     cells = expand(config)
     chosen = list(prompts) if prompts is not None else load_prompts(config.prompts, config.limit)
