@@ -26,7 +26,7 @@ class Journal:
         self._folder = folder
         self._lock = FileLock(folder / LOCK)
         self._files: dict[str, int] = {}
-        # Waiting for a disk is no work: it is done beside the next sample, and costs that nothing.
+        # Most of a write is waiting for the disk, which can be done beside the next sample.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self.torn = 0
 
