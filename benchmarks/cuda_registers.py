@@ -12,7 +12,7 @@ from specdec_kernels.cuda.build import BuildError, compile_all, find_compiler
 
 
 @click.command()
-@click.option("--architecture", "architectures", multiple=True, default=("sm_80", "sm_90"), show_default=True)
+@click.option("--architecture", "architectures", multiple=True, default=("sm_80", "sm_90a"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for the report.")
 def main(architectures: tuple[str, ...], out: Path | None) -> None:
     """Compile every CUDA source and say what its kernels use."""

@@ -7,7 +7,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from specdec_kernels.dispatch import implementations, resolve
-from specdec_kernels.ops import attend, attention, fused, product
+from specdec_kernels.ops import attend, attention, fused, layers, product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -203,6 +203,136 @@ def test_a_node_attends_to_the_same_bits_alone_and_in_a_window(name, committed, 
         assert torch.equal(alone[:, 0], together[:, node])
     one = run(heads[:1], rotation[:1], *cache[:, :1], length[:1])
     assert torch.equal(one, together[:1])
+
+
+@st.composite
+def stacks(draw):
+    """A decoder: layers, hidden and inner channels, key heads, queries to each, channels of a head, vocabulary."""
+    return (
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([8, 64, 520, 1024, 2056, 4096])),
+        draw(st.sampled_from([8, 96, 1032, 3000])),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 3, 4, 7])),
+        draw(st.sampled_from([64, 128])),
+        draw(st.sampled_from([1, 31, 509])),
+    )
+
+
+def make_stack(stack, seed, dtype, *, bias=False, head_norm=False):
+    """Layers and ends whose sums are of the size of 1."""
+    count, hidden, inner, kv_heads, group, size, vocab = stack
+    queries, every = group * kv_heads * size, (group + 2) * kv_heads * size
+
+    def weight(seed, out, into):
+        return normal(seed, out, into, dtype=dtype, scale=into**-0.5)
+
+    def vector(seed, length, *, there=True):
+        return normal(seed, length, dtype=dtype) if there else None
+
+    made = [
+        layers.Layer(
+            weight(at, every, hidden),
+            vector(at + 1, every, there=bias),
+            weight(at + 2, hidden, queries),
+            vector(at + 3, hidden, there=bias),
+            weight(at + 4, 2 * inner, hidden),
+            vector(at + 5, 2 * inner, there=bias),
+            weight(at + 6, hidden, inner),
+            vector(at + 7, hidden, there=bias),
+            vector(at + 8, hidden),
+            vector(at + 9, hidden),
+            normal(at + 10, (group + 1) * kv_heads, size, dtype=dtype) if head_norm else None,
+        )
+        for at in range(seed, seed + 11 * count, 11)
+    ]
+    last = seed + 11 * count
+    return made, layers.Ends(
+        normal(last, 30, hidden, dtype=dtype), vector(last + 1, hidden), weight(last + 2, vocab, hidden),
+        vector(last + 3, vocab, there=bias),
+    )  # fmt: skip
+
+
+def make_nodes(stack, seed, n, committed, dtype):
+    """Tokens, their rotations and a cache of which a slot is NaN before it is written."""
+    count, _, _, kv_heads, _, size, _ = stack
+    tokens = torch.randint(30, (1, n), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    angle = normal(seed + 1, 1, n, size // 2, dtype=torch.float32, scale=100.0)
+    slots = normal(seed + 2, 2 * count, 1, committed + n + 20, kv_heads, size, dtype=dtype)
+    slots[:, :, committed:] = torch.nan
+    return tokens, torch.stack((angle.cos(), angle.sin()), -1), slots, torch.tensor([committed], device=DEVICE)
+
+
+ONE_LAUNCH = [name for name in runnable("layers") if name == "cuda"]
+
+
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+@given(
+    stack=stacks(),
+    n=st.integers(1, 8),
+    committed=st.sampled_from([0, 1, 15, 16, 63, 250, 700]),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    bias=st.booleans(),
+    head_norm=st.booleans(),
+    tree=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_all_layers_at_once_are_the_layers(name, stack, n, committed, dtype, bias, head_norm, tree, seed):
+    dtype = DTYPES[dtype]
+    made, ends = make_stack(stack, seed, dtype, bias=bias, head_norm=head_norm)
+    tokens, rotation, slots, length = make_nodes(stack, seed, n, committed, dtype)
+    ancestors = None
+    if tree:
+        visible = torch.rand(1, n, n, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.5
+        ancestors = attention.pack_ancestors(visible.tril(-1))
+    options = {"width": n, "count": len(made), "logits": True}
+    run = implementation("layers", name, dtype)(made, ends, 1e-5)
+    apart = layers.bind_layers(made, ends, 1e-5)
+    own, theirs = slots.clone(), slots.nan_to_num()
+    hidden, logits = run(tokens, rotation, own, length, ancestors, **options)
+    expected, scores = apart(tokens, rotation, theirs, length, ancestors, **options)
+    assert hidden.dtype == dtype
+    assert logits.dtype == torch.float32
+    # Roundings of one layer are what the next one sees, so a few units of the largest, and far less on average.
+    new = slice(committed, committed + n)
+    for found, wanted in ((hidden, expected), (logits, scores), (own[:, :, new], theirs[:, :, new])):
+        # Sums are of the size of 1, also where the few that are here are not.
+        error, largest = (found.double() - wanted.double()).abs(), wanted.double().abs().max().clamp(min=1)
+        assert error.max() <= 40 * unit(dtype) * largest
+        assert error.mean() <= 5 * unit(dtype) * largest
+    assert torch.equal(own[:, :, :committed], slots[:, :, :committed])
+    assert own[:, :, committed + n :].isnan().all()
+
+
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+@given(
+    stack=stacks(),
+    n=st.integers(2, 8),
+    committed=st.sampled_from([0, 5, 63, 250, 505, 1023]),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    seed=st.integers(0, 2**20),
+)
+@FEW
+def test_a_node_goes_through_all_layers_to_the_same_bits_alone_and_in_company(name, stack, n, committed, dtype, seed):
+    dtype = DTYPES[dtype]
+    made, ends = make_stack(stack, seed, dtype)
+    tokens, rotation, slots, length = make_nodes(stack, seed, n, committed, dtype)
+    run = implementation("layers", name, dtype)(made, ends, 1e-5)
+    options = {"count": len(made), "logits": True}
+    own = slots.clone()
+    hidden, logits = run(tokens, rotation, own, length, None, width=n, **options)
+    causal = attention.pack_ancestors(torch.ones(1, n, n, dtype=torch.bool, device=DEVICE).tril())
+    as_tree = run(tokens, rotation, slots.clone(), length, causal, width=n, **options)
+    assert torch.equal(as_tree[0], hidden)
+    assert torch.equal(as_tree[1], logits)
+    alone = slots.clone()
+    for node in range(n):
+        here = slice(node, node + 1)
+        state, scores = run(tokens[:, here], rotation[:, here], alone, length + node, None, width=1, **options)
+        assert torch.equal(state, hidden[:, here])
+        assert torch.equal(scores, logits[:, here])
+    assert torch.equal(alone.nan_to_num(), own.nan_to_num())
 
 
 @given(width=st.integers(1, 64), earlier=st.integers(0, 8), seed=st.integers(0, 2**20))

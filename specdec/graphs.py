@@ -285,7 +285,7 @@ class Rounds:
         stores = [SlotStore(cache.store.slots, static=True) for cache in caches]
         owned = {buffer.untyped_storage().data_ptr() for buffer in self.buffers}
         start = list(tensors)
-        self.finish = self._state(self.buffers, stores).finish
+        self.state = self._state(self.buffers, stores)
 
         def work() -> list[Tensor]:
             after, _ = step(self._state(self.buffers, stores))
@@ -318,6 +318,11 @@ class Rounds:
         self._replay()
         self.replays += 1
 
+    def most_rounds(self) -> int:
+        """Rounds after which every row is done for certain: each gives a token to every row that runs."""
+        left = torch.where(self.state.done, 0, self.state.limit - self.state.length)
+        return int(left.max())
+
     def load(self, state: DecodeState[Any, Any]) -> None:
         """Go on from `state`, which must be over the same caches, with every slot that it counts still in place: the
         state that the rounds were made from, say, with another seed."""
@@ -342,25 +347,27 @@ def finish_rounds(rounds: Rounds, *, lag: int = 2) -> DecodeState[Any, Any]:
     """Decode until every row is done.
 
     The host looks at round r when round r + `lag` - 1 has been launched, so the device never waits for it. The rounds
-    launched too many change nothing: a row that is done commits nothing, and counts nothing.
+    launched too many, for which a row must have ended before its limit, change nothing: a row that is done commits
+    nothing, and counts nothing.
     """
     if lag < 1:
         raise ValueError(f"lag must be at least 1, got {lag}")
     looks: list[Readback] = []
     spare: list[Readback] = []
-    while True:
+    for _ in range(rounds.most_rounds()):
         rounds.replay()
-        look = spare.pop() if spare else Readback(rounds.finish)
-        look.request(rounds.finish)
+        look = spare.pop() if spare else Readback(rounds.state.finish)
+        look.request(rounds.state.finish)
         looks.append(look)
         if len(looks) < lag:
             continue
         first = looks.pop(0)
         if RUNNING not in first.wait():
-            state = rounds.read()
-            any_running(state)
-            return state
+            break
         spare.append(first)
+    state = rounds.read()
+    any_running(state)
+    return state
 
 
 def graphed_parts(parts: Parts, *, recorder: Recorder[Any] | None = None, buckets: Sequence[int] = BUCKETS) -> Parts:

@@ -148,6 +148,10 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("triton", stated("ops.product_triton"), _load_linear("triton")),
         Implementation("torch", anywhere, _load_linear("torch")),
     ),
+    "layers": (
+        Implementation("cuda", stated("ops.layers_cuda"), lazy("ops.layers_cuda", "bind_layers")),
+        Implementation("torch", anywhere, lazy("ops.layers", "bind_layers")),
+    ),
     "product": (
         Implementation("cuda", stated("ops.product_cuda"), lazy("ops.product_cuda", "product")),
         Implementation("triton", stated("ops.product_triton"), lazy("ops.product_triton", "product")),

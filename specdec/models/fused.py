@@ -1,11 +1,12 @@
 """The forward of a Llama-like model on an accelerator: a few launches a layer, and no question to the device.
 
-Up to `product`'s few rows a layer is five launches where `attend` runs and pays: projection with its norm; rotation,
-cache write and attention; projection and residual; gated projection with its norm; projection and residual. Elsewhere
-rotation, attention and its combination past the first split are launches of their own. There a node's logits are the
-same bits for any number of nodes up to 8, so verifying several drafts agrees with decoding one token at a time exactly.
-Longer windows, such as prompts, go through the library's matrix products with the norms, `silu * up` and rotations
-fused around them.
+Up to 8 nodes of one row are one launch for all layers and the head where `layers` runs and pays. Otherwise, up to
+`product`'s few rows, a layer is five launches where `attend` runs and pays: projection with its norm; rotation, cache
+write and attention; projection and residual; gated projection with its norm; projection and residual. Elsewhere
+rotation, attention and its combination past the first split are launches of their own. In all of them a node's logits
+are the same bits for any number of nodes up to 8, so verifying several drafts agrees with decoding one token at a time
+exactly. Longer windows, such as prompts, go through the library's matrix products with the norms, `silu * up` and
+rotations fused around them.
 
 Everything that varies from call to call is on the device, lengths and masks included: a forward over a cache whose
 `extent` stands still can be captured as a graph. Its definition is the torch decoder in `specdec.models.decoder`.
@@ -25,18 +26,23 @@ from specdec.cache import KVCache
 from specdec.models.checkpoint import Affine, Ends, LayerWeights, Spec
 from specdec.models.window import Window, additive_mask, open_window
 from specdec_kernels.dispatch import choose, resolve
-from specdec_kernels.ops.attend import pays
+from specdec_kernels.ops import attend as attends
+from specdec_kernels.ops import layers as whole
 from specdec_kernels.ops.attention import MAX_WIDTH, pack_ancestors
 
-OPERATIONS = ("product", "attend", "tree_attention", "rope_write", "rms_norm_residual", "silu_mul")
+OPERATIONS = ("layers", "product", "attend", "tree_attention", "rope_write", "rms_norm_residual", "silu_mul")
+
+# Operations that do what others do one by one; asking for one of those rules them out.
+_PARTS = {"layers": {"product", "attend", "rope_write", "tree_attention"}, "attend": {"rope_write", "tree_attention"}}
 
 Attend = Callable[[int, Tensor], Tensor]
 
 
 class _Kernels(NamedTuple):
-    """The implementations that were chosen; `few` is the most rows that go through `product`, 0 for none, and `attend`
-    is `None` where `rope_write` and `tree_attention` do its work."""
+    """The implementations that were chosen; `few` is the most rows that go through `product`, 0 for none, and `layers`
+    and `attend` are `None` where others do their work."""
 
+    bind_layers: Callable[..., Any] | None
     product: Callable[..., Any]
     attend: Callable[..., Any] | None
     tree_attention: Callable[..., Any]
@@ -67,6 +73,7 @@ def choose_kernels(
     if unknown:
         raise ValueError(f"the fused forward has no operation {unknown[0]!r}; it has {', '.join(OPERATIONS)}")
     shapes = {
+        "layers": (1, spec.num_layers, spec.hidden, spec.inner, spec.head_size),
         "product": (1, spec.hidden),
         "attend": (1, 1, spec.heads + 2 * spec.kv_heads, spec.head_size),
         "tree_attention": (1, 1, spec.heads, spec.head_size),
@@ -78,11 +85,13 @@ def choose_kernels(
     names: dict[str, str] = {}
     for op in OPERATIONS:
         wanted = requested.get(op, "auto")
-        if op == "attend" and wanted == "auto" and {"rope_write", "tree_attention"} & set(requested):
-            # Its parts were asked for.
+        if wanted == "auto" and _PARTS.get(op, set()) & set(requested):
             wanted = "torch"
         names[op] = choose(op, device, dtype, shapes[op], wanted).implementation
         functions[op] = resolve(op, device, dtype, shapes[op], wanted)
+    bind_layers = functions.pop("layers")
+    if names["layers"] == "torch":
+        bind_layers = None
     if names["attend"] == "torch":
         functions["attend"] = None
     elif names["product"] == "cuda":
@@ -90,7 +99,7 @@ def choose_kernels(
     few = 0
     if names["product"] != "torch":
         few = import_module(f"specdec_kernels.ops.product_{names['product']}").MOST_ROWS
-    return _Kernels(**functions, few=few), names
+    return _Kernels(bind_layers, **functions, few=few), names
 
 
 def pack_fused(
@@ -104,6 +113,7 @@ def pack_fused(
     made = tuple(layers)
     last = ends()
     network = _Network(spec, last.embedding, angles, torch.ones_like(angles), made, last.final_norm.weight, last.head)
+    at_once = None if kernels.bind_layers is None else _bind_layers(network, kernels.bind_layers)
 
     def run(
         cache: KVCache,
@@ -117,6 +127,12 @@ def pack_fused(
         few = tokens.numel() <= kernels.few
         with torch.inference_mode():
             window = open_window(cache, tokens.shape[1], depth, spec.max_length)
+        wide = visible is not None and visible.shape[2] > MAX_WIDTH
+        if at_once is not None and not wide and whole.pays(len(tokens), tokens.shape[1], cache.capacity):
+            with torch.no_grad():
+                hidden, made = at_once(cache, tokens, window, visible, count, logits)
+                return made, _normed(network, kernels, hidden) if features else None, window.extent
+        with torch.inference_mode():
             hidden = functional.embedding(tokens, network.embedding)
             attend = _attention(network, kernels, cache, window, visible, hidden.dtype, few)
             hidden, delta = (_few_rows if few else _many_rows)(network, kernels, count, hidden, attend)
@@ -126,12 +142,54 @@ def pack_fused(
         with torch.no_grad():
             states, made = None, None
             if features or not few:
-                _, states = kernels.rms_norm_residual(hidden, delta, network.final_norm, spec.norm_eps)
+                states = _normed(network, kernels, hidden, delta)
             if logits:
                 made = _logits(network, kernels, hidden, None if few else states)
             return made, states if features else None, window.extent
 
     return run
+
+
+def _bind_layers(network: _Network, bind: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """All layers as one launch: the residual stream after the last of them, and logits where they are asked for."""
+    stack = [
+        whole.Layer(
+            *layer.qkv,
+            *layer.out,
+            *layer.up,
+            *layer.down,
+            layer.attention_norm.weight,
+            layer.feed_norm.weight,
+            layer.head_norm,
+        )
+        for layer in network.layers
+    ]
+    bound = bind(stack, whole.Ends(network.embedding, network.final_norm, *network.head), network.spec.norm_eps)
+
+    def run(
+        cache: KVCache, tokens: Tensor, window: Window, visible: Tensor | None, count: int, logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        made: tuple[Tensor, Tensor | None] = bound(
+            tokens,
+            _rotation(network, window.positions),
+            cache.store.slots[0],
+            cache.length,
+            None if visible is None else pack_ancestors(visible),
+            width=tokens.shape[1] if visible is None else visible.shape[2],
+            count=count,
+            logits=logits,
+        )
+        return made
+
+    return run
+
+
+def _normed(
+    network: _Network, kernels: _Kernels, hidden: Float[Tensor, "b n h"], delta: Float[Tensor, "b n h"] | None = None
+) -> Float[Tensor, "b n h"]:
+    """What the head sees of a residual stream, which may come as a sum."""
+    normed: Tensor = kernels.rms_norm_residual(hidden, delta, network.final_norm, network.spec.norm_eps)[1]
+    return normed
 
 
 def _few_rows(
@@ -180,7 +238,7 @@ def _attention(
         ancestors = None if visible is None else pack_ancestors(visible)
         width = n if visible is None else visible.shape[2]
         seen = {"length": cache.length, "ancestors": ancestors, "width": width, "extent": window.extent}
-        if kernels.attend is not None and few and pays(rows, n, cache.capacity):
+        if kernels.attend is not None and few and attends.pays(rows, n, cache.capacity):
             at_once = partial(kernels.attend, eps=spec.norm_eps, **seen)
 
             def attend_at_once(index: int, heads: Tensor) -> Tensor:

@@ -140,17 +140,26 @@ def test_a_torch_without_a_gpu_is_a_reason():
 @pytest.mark.parametrize("name", COMPILERS)
 def test_every_source_compiles_for_ampere_and_hopper_and_what_must_not_spill_does_not(name):
     compiler = build.find_compiler(name)
-    reports = build.compile_all(("sm_80", "sm_90"), compiler)
+    reports = build.compile_all(("sm_80", "sm_90a"), compiler)
     if not reports:
         pytest.skip(f"all compile, and {compiler.name} {compiler.version} reports nothing of them")
-    # `attend` is for GPUs with clusters.
+    # These are for GPUs with clusters and bulk copies.
     assert {(report.source, report.architecture) for report in reports} == {
-        (source, architecture) for source in build.sources() for architecture in ("sm_80", "sm_90")
-    } - {("attend", "sm_80")}
+        (source, architecture) for source in build.sources() for architecture in ("sm_80", "sm_90a")
+    } - {("attend", "sm_80"), ("layers", "sm_80")}
     for report in reports:
         assert 0 < report.registers <= 255
-        if report.source in ("kv_keep", "attend"):
+        if report.source in ("kv_keep", "attend", "layers"):
             assert report.spill_stores == report.spill_loads == 0, report
+
+
+def test_the_architecture_of_a_device():
+    assert [build.architecture_of(*capability) for capability in ((8, 0), (8, 9), (9, 0), (12, 0))] == [
+        "sm_80",
+        "sm_89",
+        "sm_90a",
+        "sm_120a",
+    ]
 
 
 @pytest.mark.parametrize("name", COMPILERS)

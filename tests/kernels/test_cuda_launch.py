@@ -17,13 +17,15 @@ class Driver(ctypes.CDLL):
     """Records launches; `statuses` are its answers in turn, then 0."""
 
     def __init__(self, *statuses):
-        self.statuses, self.launches, self.contexts = list(statuses), [], []
+        self.statuses, self.launches, self.contexts, self.limits = list(statuses), [], [], []
         self.cuLaunchKernelEx, self.cuGetErrorString = self.launch, self.describe
         self.cuCtxSetCurrent = self.contexts.append
+        self.cuFuncSetAttribute = lambda *limit: self.limits.append(limit) or 0
 
     def launch(self, config, function, parameters, extra):
         config = config._obj
-        size = ctypes.c_size_t.from_address(extra[3]).value
+        at = parameters[0] if extra is None else extra[1]
+        size = struct.calcsize("@Pqf4x") if extra is None else ctypes.c_size_t.from_address(extra[3]).value
         attribute = config.attributes[0]
         self.launches.append(
             {
@@ -31,9 +33,9 @@ class Driver(ctypes.CDLL):
                 "block": (config.block_x, config.block_y, config.block_z),
                 "shared": config.shared,
                 "stream": config.stream,
-                "early": config.count and (attribute.id, attribute.value[0]),
-                "values": ctypes.string_at(extra[1], size),
-                "tags": (extra[0], extra[2], extra[4]),
+                "attribute": config.count and (attribute.id, attribute.value[0]),
+                "values": ctypes.string_at(at, size),
+                "tags": extra and (extra[0], extra[2], extra[4]),
             }
         )
         return self.statuses.pop(0) if self.statuses else 0
@@ -60,7 +62,7 @@ def test_a_launch_tells_the_driver_its_shape_stream_and_arguments(monkeypatch):
     assert first["block"] == (64, 1, 1)
     assert (first["shared"], second["shared"]) == (40, 0)
     assert first["stream"] == 77
-    assert first["early"] == (6, 1)
+    assert first["attribute"] == (6, 1)
     assert first["tags"] == (1, 2, None)
     assert first["values"] == struct.pack("@Pqf4x", 4096, -5, 0.5)
     assert second["values"] == struct.pack("@Pqf4x", 1, 2, 3.0)
@@ -69,7 +71,17 @@ def test_a_launch_tells_the_driver_its_shape_stream_and_arguments(monkeypatch):
 def test_a_launch_that_must_wait_carries_no_attribute(monkeypatch):
     fake = Driver()
     kernel_of(fake, monkeypatch, "q")((1, 1), 1)
-    assert fake.launches[0]["early"] == 0
+    assert fake.launches[0]["attribute"] == 0
+
+
+def test_blocks_that_wait_for_each_other_run_at_the_same_time(monkeypatch):
+    fake = Driver()
+    kernel_of(fake, monkeypatch, "Pqf4x", cooperative=True, most_shared=70000)((2, 1), 4096, -5, 0.5, shared=70000)
+    (launch,) = fake.launches
+    assert launch["attribute"] == (2, 1)
+    assert launch["values"] == struct.pack("@Pqf4x", 4096, -5, 0.5)
+    assert launch["tags"] is None
+    assert fake.limits == [("some", 8, 70000)]
 
 
 def test_a_thread_without_a_context_gets_torchs_and_launches(monkeypatch):
@@ -141,6 +153,7 @@ def test_every_kernel_that_a_launch_can_name_is_compiled(tmp_path):
         "kv_keep": {f"kv_keep_{width}" for width in (1, 2, 4, 8, 16)},
         "verify_greedy": {"walk", *(f"largest_{kind}" for kind in ("float32", "float16", "bfloat16"))},
         "attend": {f"attend_{kind}_{size}" for kind in ("float16", "bfloat16") for size in (64, 128)},
+        "layers": {f"layers_{kind}_{size}" for kind in ("float16", "bfloat16") for size in (64, 128)},
         "product": {
             product_cuda.choose_kernel(rows, outputs, inputs, kind, made, gated=gated, norm=norm)[0]
             for rows in (1, 16)
@@ -154,7 +167,7 @@ def test_every_kernel_that_a_launch_can_name_is_compiled(tmp_path):
     }
     assert set(wanted) == set(build.sources())
     for source, names in wanted.items():
-        compiler.compile(build.SOURCE / f"{source}.cu", "sm_90", tmp_path / source)
+        compiler.compile(build.SOURCE / f"{source}.cu", "sm_90a", tmp_path / source)
         # The names of its symbols, each ended by a zero.
         cubin = (tmp_path / source).read_bytes()
         assert not [name for name in names if b"\0%s\0" % name.encode() not in cubin]

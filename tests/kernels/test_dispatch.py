@@ -255,3 +255,26 @@ def test_one_launch_of_attention_is_for_one_row_a_few_nodes_and_short_caches():
     # The same for all windows that promise the same bits.
     assert {pays(1, n, capacity) for n in range(1, 9) for capacity in (16, 2048)} == {True}
     assert not any((pays(2, 1, 512), pays(1, 9, 512), pays(1, 1, 2049)))
+
+
+def test_one_launch_of_all_layers_is_for_one_row_and_a_few_nodes():
+    from specdec_kernels.ops.layers import pays
+
+    assert {pays(1, n, capacity) for n in range(1, 9) for capacity in (16, 2048)} == {True}
+    assert not any((pays(2, 1, 512), pays(1, 9, 512)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reason"),
+    [
+        (torch.float32, (), "is built for float16 and bfloat16, not for float32"),
+        (torch.bfloat16, (9, 2, 64, 96, 64), "is built for up to 8 nodes, not for 9"),
+        (torch.bfloat16, (1, 2, 64, 96, 80), "is built for heads of 64 and 128 channels, not of 80"),
+        (torch.float16, (1, 2, 8192, 96, 64), "norms up to 4096 channels, not 8192"),
+        (torch.float16, (1, 2, 64, 100, 64), "reads 8 channels at a time, and 100 are no multiple of that"),
+    ],
+)
+def test_what_one_launch_of_all_layers_cannot_take_is_refused(dtype, shape, reason):
+    from specdec_kernels.ops.layers_cuda import refuse
+
+    assert refuse(torch.device("cuda"), dtype, shape) == reason

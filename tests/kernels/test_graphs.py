@@ -88,12 +88,28 @@ def test_rounds_run_ahead_to_the_same_end():
             rounds.load(state)
             final = finish_rounds(rounds, lag=lag)
             assert output_tokens(final) == wanted
-            # The rounds launched too many are not counted.
             assert final.metrics.emitted.tolist() == [24, 24, 24]
             assert final.round.tolist() == [24, 24, 24]
-    assert rounds.replays == 2 * (24 + 5 - 1)
+    # No more rounds than there are tokens to come.
+    assert rounds.replays == 2 * 24
     with pytest.raises(ValueError, match="lag"):
         finish_rounds(rounds, lag=0)
+
+
+def test_rounds_end_soon_after_the_last_row_has():
+    parts = MADE["none"]()
+
+    def begin():
+        return build_step(*parts, sampling=SAMPLED, eos_ids=(0,)), start(parts)[1]
+
+    step, state = begin()
+    *_, (state, _) = iterate(step, state)
+    needed = int(state.round.max())
+    assert needed < 24
+    for lag in (1, 3):
+        rounds = Rounds(*begin(), eager_recorder)
+        assert output_tokens(finish_rounds(rounds, lag=lag)) == output_tokens(state)
+        assert needed <= rounds.replays < needed + lag
 
 
 def test_rounds_refuse_a_state_of_another_shape():

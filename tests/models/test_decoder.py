@@ -265,7 +265,7 @@ def test_the_fused_forward_is_the_model(make_tiny, kind, compute):
 def test_the_fused_forward_of_a_few_rows_is_close_in_bfloat16(make_tiny, kind):
     interpreted("triton")
     module = make_tiny(kind)
-    model = fused(module, torch.bfloat16, *(op for op in OPERATIONS if op != "attend"))
+    model = fused(module, torch.bfloat16, *(op for op in OPERATIONS if op not in ("layers", "attend")))
     logits, _, _ = model.forward(model.init_cache(2, 80), TEXT)
     with torch.no_grad():
         expected = module(TEXT).logits
@@ -298,7 +298,7 @@ def test_the_fused_forward_refuses_what_it_does_not_run(make_tiny):
     with pytest.raises(ValueError, match="decoder_stack: triton runs pre-norm RMSNorm"):
         decoder(make_tiny("gpt2"), stack="triton")
     interpreted("torch")
-    with pytest.raises(ValueError, match="no operation 'attention'; it has product, attend, tree_attention"):
+    with pytest.raises(ValueError, match="no operation 'attention'; it has layers, product, attend, tree_attention"):
         fused(make_tiny("llama"), torch.float32, attention="torch")
     with pytest.raises(ValueError, match="product: triton is built for float16 and bfloat16, not for float32"):
         fused(make_tiny("llama"), torch.float32, "product")

@@ -37,17 +37,6 @@ struct Arguments {
   float eps, scale;         // `scale` of the scores, which are powers of two
 };
 
-__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // The same address in the shared memory of another block of the cluster, written.
 __device__ __forceinline__ void push(const float* mine, int block, float v) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
@@ -65,9 +54,6 @@ __device__ __forceinline__ void push(const float* mine, int block, float v0, flo
       : "r"(at), "r"(block), "f"(v0), "f"(v1), "f"(v2), "f"(v3)
       : "memory");
 }
-
-// How much a part counts whose softmax is relative to `top` when all are put relative to `raised`.
-__device__ __forceinline__ float fade_of(float top, float raised) { return top == -INFINITY ? 0.0f : exp2f(top - raised); }
 
 // One head of a node, turned if it is a query or key: into shared memory and, where given, to the cache.
 template <typename T, int D>

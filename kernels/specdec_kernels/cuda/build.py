@@ -19,6 +19,7 @@ __all__ = [
     "BuildError",
     "Compiler",
     "KernelReport",
+    "architecture_of",
     "compile_all",
     "cubin_path",
     "find_compiler",
@@ -64,6 +65,11 @@ def sources() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
 
 
+def architecture_of(major: int, minor: int) -> str:
+    """The architecture to compile for, by compute capability; from Hopper on with what only that one has (`sm_90a`)."""
+    return f"sm_{major}{minor}{'a' * (major >= 9)}"
+
+
 def cubin_path(source: str, architecture: str) -> Path:
     """The cubin of `{source}.cu` for an architecture such as `sm_90`, compiled now if it is not there yet (see
     `compiling.build_once`); raises `BuildError` with the reason if it cannot be."""
@@ -94,7 +100,7 @@ def find_compiler(name: str | None = None) -> Compiler:
 
 
 def compile_all(
-    architectures: Sequence[str] = ("sm_80", "sm_90"), compiler: Compiler | None = None
+    architectures: Sequence[str] = ("sm_80", "sm_90a"), compiler: Compiler | None = None
 ) -> tuple[KernelReport, ...]:
     """Compile every source for every architecture, needing no GPU and keeping nothing, and report each kernel.
 

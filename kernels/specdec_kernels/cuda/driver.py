@@ -3,7 +3,7 @@
 import ctypes
 import struct
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p, pointer
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -15,6 +15,10 @@ from specdec_kernels.compiling import BuildError
 _INVALID_CONTEXT = 201
 # The launch may begin while the kernel before it on the stream still runs (griddepcontrol in PTX).
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# All blocks of the launch run at the same time, or none does.
+_COOPERATIVE = 2
+# Attributes of a function: bytes of static shared memory, and the most of dynamic.
+_STATIC_SHARED, _MOST_SHARED = 1, 8
 _PARAMETERS, _PARAMETER_BYTES, _END = 1, 2, 0
 
 
@@ -56,33 +60,58 @@ class Module:
         _check(self.driver, self.driver.cuModuleGetFunction(byref(found), self._handle, name.encode()))
         return found
 
+    def static_shared(self, name: str) -> int:
+        """Bytes of shared memory that a kernel takes before any are asked for."""
+        taken = c_int()
+        _check(self.driver, self.driver.cuFuncGetAttribute(byref(taken), _STATIC_SHARED, self.function(name)))
+        return taken.value
+
+    def allow_shared(self, name: str, most: int) -> None:
+        """Let launches of a kernel ask for up to `most` bytes of dynamic shared memory."""
+        _check(self.driver, self.driver.cuFuncSetAttribute(self.function(name), _MOST_SHARED, most))
+
 
 class Kernel:
     """A kernel of a module, launched by calling it.
 
     `parameters`: what it takes, as `struct` writes it in native alignment (`P` a pointer, `q` an int64_t, `f` a float),
     which is how the driver reads them. `threads`: of a block. `early`: a launch may begin while the kernel before it
-    still runs; the kernel itself says when it needs what that one wrote.
+    still runs; the kernel itself says when it needs what that one wrote. `cooperative`: all blocks run at the same
+    time; `parameters` are then those of one structure. `most_shared`: bytes of dynamic shared memory that a launch may
+    ask for.
 
     A launch allocates nothing on the device and waits for nothing, so it can be captured into a graph.
     """
 
-    def __init__(self, module: Module, name: str, parameters: str, threads: int, *, early: bool = False) -> None:
+    def __init__(
+        self,
+        module: Module,
+        name: str,
+        parameters: str,
+        threads: int,
+        *,
+        early: bool = False,
+        cooperative: bool = False,
+        most_shared: int = 0,
+    ) -> None:
         self.name, self._module = name, module
         self._function = module.function(name)
+        if most_shared:
+            module.allow_shared(name, most_shared)
         self._launch = module.driver.cuLaunchKernelEx
         # A launch fills in what is made here once; another thread waits for it to be read.
         self._lock = Lock()
         self._layout = struct.Struct(f"@{parameters}")
         self._values = ctypes.create_string_buffer(self._layout.size)
         self._size = c_size_t(self._layout.size)
-        self._extra = (c_void_p * 5)(
-            _PARAMETERS, ctypes.addressof(self._values), _PARAMETER_BYTES, ctypes.addressof(self._size), _END
-        )
-        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
-        self._attribute.value[0] = 1
+        at = ctypes.addressof(self._values)
+        # All parameters as one piece of memory, which cooperative launches do not take.
+        self._extra = (c_void_p * 5)(_PARAMETERS, at, _PARAMETER_BYTES, ctypes.addressof(self._size), _END)
+        self._passed = ((c_void_p * 1)(at), None) if cooperative else (None, self._extra)
+        ids = [_PROGRAMMATIC_STREAM_SERIALIZATION] * early + [_COOPERATIVE] * cooperative
+        self._attributes = (_Attribute * 2)(*(_Attribute(id=id, value=(c_int * 16)(1)) for id in ids))
         self._config = _Config(
-            block_x=threads, block_y=1, block_z=1, grid_z=1, attributes=pointer(self._attribute), count=int(early)
+            block_x=threads, block_y=1, block_z=1, grid_z=1, attributes=self._attributes, count=len(ids)
         )
         self._config_at = byref(self._config)
 
@@ -105,11 +134,11 @@ class Kernel:
             config = self._config
             config.grid_x, config.grid_y = grid
             config.shared, config.stream = shared, stream
-            status = self._launch(self._config_at, self._function, None, self._extra)
+            status = self._launch(self._config_at, self._function, *self._passed)
             if status == _INVALID_CONTEXT:
                 # A thread in which no call of torch has reached the device yet.
                 self._module.driver.cuCtxSetCurrent(self._module.context)
-                status = self._launch(self._config_at, self._function, None, self._extra)
+                status = self._launch(self._config_at, self._function, *self._passed)
         if status:
             raise RuntimeError(f"{self.name}: the launch failed ({_describe(self._module.driver, status)})")
 
@@ -125,6 +154,8 @@ def _driver() -> ctypes.CDLL:
     driver.cuModuleGetFunction.argtypes = (POINTER(c_void_p), c_void_p, c_char_p)
     driver.cuCtxPushCurrent_v2.argtypes = (c_void_p,)
     driver.cuCtxSetCurrent.argtypes = (c_void_p,)
+    driver.cuFuncGetAttribute.argtypes = (POINTER(c_int), c_int, c_void_p)
+    driver.cuFuncSetAttribute.argtypes = (c_void_p, c_int, c_int)
     driver.cuLaunchKernelEx.argtypes = (POINTER(_Config), c_void_p, c_void_p, c_void_p)
     _check(driver, driver.cuInit(0))
     return driver

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from specdec_kernels.cuda.build import BuildError, cubin_path
+from specdec_kernels.cuda.build import BuildError, architecture_of, cubin_path
 from specdec_kernels.cuda.driver import Kernel, Module
 
 
@@ -21,16 +21,21 @@ def available(source: str, device: torch.device) -> str | None:
 
 @cache
 def load(
-    source: str, kernel: str, parameters: str, threads: int, device: torch.device, *, early: bool = False
+    source: str, kernel: str, parameters: str, threads: int, device: torch.device, **options: bool | int
 ) -> Kernel:
-    """A kernel of `{source}.cu` on `device`, which is named with its index; see `driver.Kernel`.
+    """A kernel of `{source}.cu` on `device`, which is named with its index; `options` as in `driver.Kernel`.
 
     Raises `BuildError` where `available` has a reason.
     """
-    module, reason = _open(source, _index(device))
-    if module is None:
+    return Kernel(module(source, device), kernel, parameters, threads, **options)  # type: ignore[arg-type]
+
+
+def module(source: str, device: torch.device) -> Module:
+    """What `{source}.cu` compiles to, on `device`; raises `BuildError` where `available` has a reason."""
+    found, reason = _open(source, _index(device))
+    if found is None:
         raise BuildError(f"{source}: cuda {reason}")
-    return Kernel(module, kernel, parameters, threads, early=early)
+    return found
 
 
 def _index(device: torch.device) -> int:
@@ -39,8 +44,7 @@ def _index(device: torch.device) -> int:
 
 @cache
 def _open(source: str, index: int) -> tuple[Module | None, str | None]:
-    major, minor = torch.cuda.get_device_capability(index)
     try:
-        return Module(cubin_path(source, f"sm_{major}{minor}"), index), None
+        return Module(cubin_path(source, architecture_of(*torch.cuda.get_device_capability(index))), index), None
     except BuildError as error:
         return None, str(error)
