@@ -67,6 +67,7 @@ class Context:
     smollm: Path | None
     questions: Path | None
     commit: str | None
+    kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     deadline: float = math.inf
     copy_bandwidth: float | None = None
 
@@ -160,7 +161,7 @@ def cache_bytes(size: str, dtype: torch.dtype, context: float) -> float:
 def random_llama(context: Context, size: str, **options: Any) -> Model:
     from specdec.models.synthetic import llama
 
-    return llama(size, context.device, context.dtype, **options)
+    return llama(size, context.device, context.dtype, **{"kernels": context.kernels, **options})
 
 
 def start(context: Context, parts: Parts, prompt: Sequence[int], new_tokens: int) -> tuple[Any, Any]:
@@ -231,6 +232,7 @@ def machine(context: Context) -> Iterator[Row]:
         "cuda_compiler": _compiler(),
         "cores": os.cpu_count(),
         "device": str(context.device),
+        "kernels": context.kernels,
     }
     if context.device.type == "cuda":
         properties = torch.cuda.get_device_properties(context.device)
@@ -293,11 +295,12 @@ def sanitizer(context: Context) -> Iterator[Row]:
     if tool is None or context.device.type != "cuda":
         yield {"skipped": "compute-sanitizer is not installed" if tool is None else "needs a CUDA device"}
         return
+    chosen = [word for op, name in context.kernels.items() for word in ("--kernel", f"{op}={name}")]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "7", sys.executable, str(Path(__file__).resolve())]
         # Without the caching allocator, every tensor ends where its memory does.
         environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield _logged(context, check, [*command, "--exercise", "--out", str(context.out)], environ)
+        yield _logged(context, check, [*command, "--exercise", "--out", str(context.out), *chosen], environ)
 
 
 def _logged(context: Context, name: str, command: list[str], environ: dict[str, str] | None = None, **more: Any) -> Row:
@@ -814,6 +817,7 @@ def _cell(value: Any) -> str:
 @click.option("--prompt-tokens", default=448, show_default=True)
 @click.option("--smollm", "folder", type=click.Path(path_type=Path), help="Folder of SmolLM2-135M.")
 @click.option("--questions", type=click.Path(path_type=Path), help="A Spec-Bench question file.")
+@click.option("--kernel", "kernels", multiple=True, help="OPERATION=IMPLEMENTATION of the fused forward; repeat it.")
 @click.option("--commit", envvar="SPECDEC_COMMIT", help="Commit of the tree, where git cannot tell.")
 @click.option("--dry", is_flag=True, help="Tiny shapes on the CPU: does the script run?")
 @click.option("--exercise", "exercising", is_flag=True, hidden=True)
@@ -826,12 +830,16 @@ def main(
     prompt_tokens: int,
     folder: Path | None,
     questions: Path | None,
+    kernels: tuple[str, ...],
     commit: str | None,
     dry: bool,
     exercising: bool,
 ) -> None:
     """Run the sections and write OUT/gpu_validation.json and .md."""
     names = [name for name in only.split(",") if name] or list(SECTIONS)
+    odd = [given for given in kernels if "=" not in given]
+    if odd:
+        raise click.BadParameter(f"{odd[0]!r} is not OPERATION=IMPLEMENTATION", param_hint="'--kernel'")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         raise click.BadParameter(f"{unknown[0]!r} is no section; use {', '.join(SECTIONS)}", param_hint="'--only'")
@@ -851,6 +859,7 @@ def main(
         smollm=folder,
         questions=questions,
         commit=commit,
+        kernels=dict(given.split("=", 1) for given in kernels),
     )
     if exercising:
         exercise(context)

@@ -335,6 +335,21 @@ def test_a_node_goes_through_all_layers_to_the_same_bits_alone_and_in_company(na
     assert torch.equal(alone.nan_to_num(), own.nan_to_num())
 
 
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+@pytest.mark.parametrize("n", [1, 8])
+def test_all_layers_give_the_same_bits_every_time(name, n):
+    # Blocks that wait for each other meet in another order every time, and it takes many tiles to see one too early.
+    stack = (6, 3072, 8192, 8, 3, 128, 32000)
+    made, ends = make_stack(stack, 0, torch.bfloat16)
+    tokens, rotation, slots, length = make_nodes(stack, 0, n, 500, torch.bfloat16)
+    run = implementation("layers", name, torch.bfloat16)(made, ends, 1e-5)
+    first = run(tokens, rotation, slots, length, None, width=n, count=len(made), logits=True)
+    for _ in range(100):
+        again = run(tokens, rotation, slots, length, None, width=n, count=len(made), logits=True)
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[1], first[1])
+
+
 @given(width=st.integers(1, 64), earlier=st.integers(0, 8), seed=st.integers(0, 2**20))
 def test_bit_masks_hold_64_slots(width, earlier, seed):
     visible = torch.rand(2, max(1, width - earlier), width, generator=torch.Generator().manual_seed(seed)) < 0.5

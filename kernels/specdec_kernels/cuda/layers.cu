@@ -72,7 +72,7 @@ struct Arguments {
   float eps, scale;  // `scale` of the scores, which are powers of two
 };
 
-// --- waiting ----------------------------------------------------------------------------------------------------------
+// --- waiting ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
@@ -104,7 +104,7 @@ struct Ring {
   uint32_t stages;
 };
 
-// --- what blocks tell each other --------------------------------------------------------------------------------------
+// --- what blocks tell each other -------------------------------------------------------------------------------------
 //
 // Results that other blocks wait for go to memory that holds nothing but ones, to each place once. Whoever reads waits
 // until what it reads is something else: so a value needs no fence, and costs one way to the L2 cache and one back. No
@@ -178,7 +178,7 @@ struct Told {
   __device__ __forceinline__ bool is_of(uint32_t layer) const { return layer0 == layer && layer1 == layer; }
 };
 
-// --- products ---------------------------------------------------------------------------------------------------------
+// --- products --------------------------------------------------------------------------------------------------------
 
 // What both who asks for weights and who multiplies must know of a linear layer. `sides`: 2 where gate and up are made
 // together.
@@ -352,8 +352,8 @@ struct Finish {
   float* logits;
 };
 
-// The block's units of a product. Weights of the first tiles go to registers, which makes room in the ring, before
-// `begin` waits for the inputs and returns where the first node's are; `told`: in what other blocks tell, else in
+// The block's units of a product. Weights of the first tiles are in registers before `begin` waits for the inputs and
+// returns where the first node's are; `told`: in what other blocks tell, else in
 // shared memory. There is a unit.
 template <typename T, typename Begin>
 __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, int dealt, const Shape& s, int stride,
@@ -379,12 +379,10 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
                                     ? *reinterpret_cast<const uint4*>(lines + place.stage * kStage + half * 8 * kLine +
                                                                       step * kWarps * kStep * 2)
                                     : none;
-      __syncwarp();
-      if (lane == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(ring.empty + place.stage * 8) : "memory");
       place.next(ring.stages);
     }
   };
+  Place freed = place;
   take(0);
   const T* line = begin() + group * stride;
   uint4 x[kGroup][kSteps];
@@ -448,6 +446,15 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
             multiply(more, low.z, high.z, low.w, high.w, with.z, with.w, T());
           }
         }
+        // Only now: what was asked for from the ring is there when it has been used, not before.
+        __syncwarp();
+#pragma unroll
+        for (int tile = 0; tile < kGroup; ++tile) {
+          if (from + tile * kTile >= s.inputs) break;
+          if (lane == 0)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(ring.empty + freed.stage * 8) : "memory");
+          freed.next(ring.stages);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -478,7 +485,7 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
   }
 }
 
-// --- attention --------------------------------------------------------------------------------------------------------
+// --- attention -------------------------------------------------------------------------------------------------------
 
 template <typename T, int D>
 struct Mixing {
@@ -745,7 +752,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const Layer& layer, i
   }
 }
 
-// --- the whole --------------------------------------------------------------------------------------------------------
+// --- the whole -------------------------------------------------------------------------------------------------------
 
 template <typename T, int D>
 __device__ __forceinline__ void layers(const Arguments& a) {
