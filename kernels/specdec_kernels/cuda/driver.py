@@ -17,8 +17,8 @@ _INVALID_CONTEXT = 201
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 # All blocks of the launch run at the same time, or none does.
 _COOPERATIVE = 2
-# Attributes of a function: bytes of static shared memory, and the most of dynamic.
-_STATIC_SHARED, _MOST_SHARED = 1, 8
+# The attribute of a function: the most bytes of dynamic shared memory that a launch may ask for.
+_MOST_SHARED = 8
 _PARAMETERS, _PARAMETER_BYTES, _END = 1, 2, 0
 
 
@@ -59,12 +59,6 @@ class Module:
         found = c_void_p()
         _check(self.driver, self.driver.cuModuleGetFunction(byref(found), self._handle, name.encode()))
         return found
-
-    def static_shared(self, name: str) -> int:
-        """Bytes of shared memory that a kernel takes before any are asked for."""
-        taken = c_int()
-        _check(self.driver, self.driver.cuFuncGetAttribute(byref(taken), _STATIC_SHARED, self.function(name)))
-        return taken.value
 
     def allow_shared(self, name: str, most: int) -> None:
         """Let launches of a kernel ask for up to `most` bytes of dynamic shared memory."""
@@ -154,7 +148,6 @@ def _driver() -> ctypes.CDLL:
     driver.cuModuleGetFunction.argtypes = (POINTER(c_void_p), c_void_p, c_char_p)
     driver.cuCtxPushCurrent_v2.argtypes = (c_void_p,)
     driver.cuCtxSetCurrent.argtypes = (c_void_p,)
-    driver.cuFuncGetAttribute.argtypes = (POINTER(c_int), c_int, c_void_p)
     driver.cuFuncSetAttribute.argtypes = (c_void_p, c_int, c_int)
     driver.cuLaunchKernelEx.argtypes = (POINTER(_Config), c_void_p, c_void_p, c_void_p)
     _check(driver, driver.cuInit(0))

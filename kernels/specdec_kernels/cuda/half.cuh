@@ -1,9 +1,11 @@
-// Numbers of 16 bits: to and from float32, two in a word, and their product on the tensor cores.
+// Numbers of 16 bits: to and from float32, and two in a word.
 #pragma once
 #include "common.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "ptx.cuh"
 
 namespace {
 
@@ -37,21 +39,6 @@ __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
 // powers of two.
 __device__ __forceinline__ float fade_of(float top, float raised) {
   return top == -INFINITY ? 0.0f : exp2f(top - raised);
-}
-
-// c [16, 8] += a [16, 16] b [16, 8], each thread's share of them as PTX lays m16n8k16 out.
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1, __nv_bfloat16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1, __half) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 }  // namespace

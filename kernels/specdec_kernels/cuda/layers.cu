@@ -16,7 +16,7 @@
 // spilled: both must be few.
 //
 // Attention is made by a block for each eighth of the slots, key head and 16 queries that share it; each then joins an
-// eighth of the results.
+// eighth of the results. There are at least 8 blocks, so whoever waits for an eighth is not in its way.
 //
 // A node's results are the same bits for any number of nodes and whatever stands in the others: it is a column of its
 // own in every product, which warp reads a slot depends on the slot alone, and all is joined in a fixed order.
@@ -72,23 +72,9 @@ struct Arguments {
   float eps, scale;  // `scale` of the scores, which are powers of two
 };
 
-// --- waiting ---------------------------------------------------------------------------------------------------------
+// --- what threads of a block wait for --------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-
-__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again; }"
-      :
-      : "r"(barrier), "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" : : "n"(kComputing) : "memory"); }
+__device__ __forceinline__ void meet() { meet<kComputing>(); }
 
 // The ring's next stage, and whether it was gone round an odd number of times.
 struct Place {
@@ -116,19 +102,6 @@ struct Ring {
 
 constexpr uint32_t kNothing = UINT32_MAX;
 
-__device__ __forceinline__ uint4 peek(const void* at) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint32_t peek_word(const void* at) {
-  uint32_t v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-  return v;
-}
 __device__ __forceinline__ uint32_t most(const uint4& v) { return max(max(v.x, v.y), max(v.z, v.w)); }
 
 // What was read at `at`, read again until it is there.
@@ -139,20 +112,9 @@ __device__ __forceinline__ void insist(uint32_t& v, const void* at) {
   while (v == kNothing) v = peek_word(at);
 }
 
-__device__ __forceinline__ void tell(void* at, uint32_t v) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(at), "r"(v) : "memory");
-}
-
 // Two numbers of a layer's, in memory that other layers use too: each carries the layer.
 __device__ __forceinline__ void tell(void* at, float v0, float v1, uint32_t layer) {
-  asm volatile(
-      "{ .reg .b64 a, b; mov.b64 a, {%1, %3}; mov.b64 b, {%2, %3}; st.relaxed.gpu.global.v2.b64 [%0], {a, b}; }"
-      :
-      : "l"(at), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)), "r"(layer)
-      : "memory");
-}
-__device__ __forceinline__ void count_up(uint32_t* counter) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" : : "l"(counter) : "memory");
+  tell_pairs(at, make_uint4(__float_as_uint(v0), layer, __float_as_uint(v1), layer));
 }
 
 // Waits until so many blocks have counted up. Called by all computing threads.
@@ -163,19 +125,12 @@ __device__ __forceinline__ void await(const uint32_t* counter, uint32_t target) 
 }
 
 struct Told {
-  float v0, v1;
-  uint32_t layer0, layer1;
+  uint4 words;
 
-  __device__ __forceinline__ void read(const void* at) {
-    uint32_t x, y;
-    asm volatile(
-        "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a, b}, [%4]; mov.b64 {%0, %2}, a; mov.b64 {%1, %3}, b; }"
-        : "=r"(x), "=r"(y), "=r"(layer0), "=r"(layer1)
-        : "l"(at)
-        : "memory");
-    v0 = __uint_as_float(x), v1 = __uint_as_float(y);
-  }
-  __device__ __forceinline__ bool is_of(uint32_t layer) const { return layer0 == layer && layer1 == layer; }
+  __device__ __forceinline__ void read(const void* at) { words = peek_pairs(at); }
+  __device__ __forceinline__ bool is_of(uint32_t layer) const { return words.y == layer && words.w == layer; }
+  __device__ __forceinline__ float first() const { return __uint_as_float(words.x); }
+  __device__ __forceinline__ float second() const { return __uint_as_float(words.z); }
 };
 
 // --- products --------------------------------------------------------------------------------------------------------
@@ -246,18 +201,10 @@ __device__ __forceinline__ void request(const Arguments& a, const Layer* layers,
           } else {
             ++begun;
           }
-          if (lane == 0)
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                         :
-                         : "r"(full), "r"(bytes * lines)
-                         : "memory");
+          if (lane == 0) arrive_and_announce(full, bytes * lines);
           __syncwarp();
           if (lane < lines)
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         :
-                         : "r"(shared_address(ring.data) + place.stage * kStage + lane * kLine), "l"(line + begin),
-                           "r"(bytes), "r"(full)
-                         : "memory");
+            copy_bulk(shared_address(ring.data) + place.stage * kStage + lane * kLine, line + begin, bytes, full);
           place.next(ring.stages);
         }
       }
@@ -290,12 +237,9 @@ __device__ __forceinline__ void norm_rows(const Rows<T>& x, const uint4 (&scales
     const T* line = x(row);
 #pragma unroll 1
     for (int at = first; at < size; at += kComputing * 8)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                   :
-                   : "r"(shared_address(to + row * stride + at * 2)), "l"(line + at)
-                   : "memory");
+      copy_piece(shared_address(to + row * stride + at * 2), line + at);
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  finish_copies();
 #pragma unroll 1
   for (int row = 0; row < n; ++row) {
     float sum = 0;
@@ -451,8 +395,7 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
 #pragma unroll
         for (int tile = 0; tile < kGroup; ++tile) {
           if (from + tile * kTile >= s.inputs) break;
-          if (lane == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(ring.empty + freed.stage * 8) : "memory");
+          if (lane == 0) arrive(ring.empty + freed.stage * 8);
           freed.next(ring.stages);
         }
       }
@@ -481,7 +424,7 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
     if (finish.logits)
       finish.logits[static_cast<int64_t>(row) * s.outputs + output] = value;
     else if (local % 2 == 0)
-      tell(finish.out + row * s.outputs + output, pack(value, next, T()));
+      tell_word(finish.out + row * s.outputs + output, pack(value, next, T()));
   }
 }
 
@@ -490,7 +433,7 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
 template <typename T, int D>
 struct Mixing {
   alignas(16) T heads[kQueries + 2 * kMostNodes][D];  // queries, new keys, new values, one after the other
-  alignas(16) float rotation[kMostNodes][D];
+  alignas(16) float rotation[kMostNodes * D];
   float tops[kMixing][kQueries], sums[kMixing][kQueries];
 };
 
@@ -571,7 +514,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const Layer& layer, i
       }
     }
     if (added < n) {
-      const float4* by = reinterpret_cast<const float4*>(&m.rotation[node][at]);
+      const float4* by = reinterpret_cast<const float4*>(m.rotation + node * D + at);
       const float4 low = by[0], high = by[1];
       const auto turned = [&](uint32_t value, float real, float imaginary) {
         const float2 number = unpack(value, T());
@@ -740,47 +683,52 @@ __device__ __forceinline__ void attend(const Arguments& a, const Layer& layer, i
     float raised = -INFINITY, all = 0;
     float2 sum = make_float2(0, 0);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) raised = fmaxf(raised, weights[part].v0);
+    for (int part = 0; part < kParts; ++part) raised = fmaxf(raised, weights[part].first());
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const float counted = fade_of(weights[part].v0, raised);
-      sum.x += counted * values[part].v0, sum.y += counted * values[part].v1;
-      all += counted * weights[part].v1;
+      const float counted = fade_of(weights[part].first(), raised);
+      sum.x += counted * values[part].first(), sum.y += counted * values[part].second();
+      all += counted * weights[part].second();
     }
     const int node = node_of(line), head = kv_head * heads + first + line - node * heads;
-    tell(to_tell + (node * kv_heads * heads + head) * D + pair * 2, pack(sum.x / all, sum.y / all, T()));
+    tell_word(to_tell + (node * kv_heads * heads + head) * D + pair * 2, pack(sum.x / all, sum.y / all, T()));
   }
 }
 
 // --- the whole -------------------------------------------------------------------------------------------------------
 
+// What a block keeps in shared memory besides the ring, normed rows, parts and pointers, in that order behind it.
+template <typename T, int D>
+struct alignas(128) Block {
+  Mixing<T, D> mixing;
+  float squares[kWarps * kMostNodes];
+  uint64_t barriers[2 * kMostStages];
+};
+
 template <typename T, int D>
 __device__ __forceinline__ void layers(const Arguments& a) {
-  // [stages][kStage], normed rows, parts, layers
-  extern __shared__ __align__(128) uint8_t memory[];
   constexpr int kPartBytes = kMixing * kQueries * D * 4;
   static_assert(kPartBytes >= 2 * kWarps * 2 * kMostNodes * kOutputs * 4, "two units fit");
-  __shared__ Mixing<T, D> mixing;
-  __shared__ float squares[kWarps * kMostNodes];
-  __shared__ alignas(8) uint64_t barriers[2 * kMostStages];
   const int count = static_cast<int>(a.count), n = static_cast<int>(a.n), hidden_size = static_cast<int>(a.hidden_size);
-  const Ring ring = {shared_address(barriers), shared_address(barriers + kMostStages), memory,
-                     static_cast<uint32_t>(a.stages)};
-  uint8_t* normed = memory + ring.stages * kStage;
+  uint8_t* memory = dynamic_shared();
+  Block<T, D>& block = *reinterpret_cast<Block<T, D>*>(memory);
+  const Ring ring = {shared_address(block.barriers), shared_address(block.barriers + kMostStages),
+                     memory + sizeof(Block<T, D>), static_cast<uint32_t>(a.stages)};
+  uint8_t* normed = ring.data + ring.stages * kStage;
   float* parts = reinterpret_cast<float*>(normed + n * normed_line(hidden_size));
   Layer* table = reinterpret_cast<Layer*>(parts + kPartBytes / 4);
 #pragma unroll 1
   for (int i = threadIdx.x; i < count * static_cast<int>(sizeof(Layer) / 8); i += kThreads)
     reinterpret_cast<uint64_t*>(table)[i] = reinterpret_cast<const uint64_t*>(a.layers)[i];
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n * D; i += kThreads) mixing.rotation[0][i] = a.rotation[i];
+  for (int i = threadIdx.x; i < n * D; i += kThreads) block.mixing.rotation[i] = a.rotation[i];
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (uint32_t stage = 0; stage < ring.stages; ++stage) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(ring.full + stage * 8), "r"(1) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(ring.empty + stage * 8), "r"(kWarps) : "memory");
+      init_barrier(ring.full + stage * 8, 1);
+      init_barrier(ring.empty + stage * 8, kWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
 
@@ -788,12 +736,12 @@ __device__ __forceinline__ void layers(const Arguments& a) {
   Place place;
   int dealt = 0;
   if (threadIdx.x >= kComputing) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    give_registers<40>();
     if (threadIdx.x >= kComputing + 32) return;
     request<T, D>(a, table, phases, ring);
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  take_registers<232>();
 
   const int tiles = (n * static_cast<int>(a.group) + kQueries - 1) / kQueries;
   const int jobs = tiles * static_cast<int>(a.kv_heads) * kParts, used = static_cast<int>(a.length[0]);
@@ -844,7 +792,7 @@ __device__ __forceinline__ void layers(const Arguments& a) {
           if (at < hidden_size) scales[piece] = *reinterpret_cast<const uint4*>(norm + at);
         }
         await(a.counter, target);
-        norm_rows<T>(stream, scales, hidden_size, n, a.eps, normed, squares);
+        norm_rows<T>(stream, scales, hidden_size, n, a.eps, normed, block.squares);
         return reinterpret_cast<const T*>(normed);
       });
     }
@@ -854,7 +802,7 @@ __device__ __forceinline__ void layers(const Arguments& a) {
       meet();
 #pragma unroll 1
       for (int job = blockIdx.x; job < jobs; job += gridDim.x) {
-        attend<T, D>(a, layer, index, job, used, mixing, parts, heads, mixed);
+        attend<T, D>(a, layer, index, job, used, block.mixing, parts, heads, mixed);
         meet();
         if (threadIdx.x == 0) count_up(a.counter);
       }

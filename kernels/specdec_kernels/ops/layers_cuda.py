@@ -5,7 +5,6 @@ A node's results are the same bits for any number of nodes up to 8 and whatever 
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -49,9 +48,12 @@ def refuse(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
         return reason
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return "needs bulk copies into shared memory, which GPUs have from compute capability 9.0 on"
+    if torch.cuda.get_device_properties(device).multi_processor_count < _PARTS:
+        # Else a block would wait for one that it keeps from starting.
+        return f"needs {_PARTS} multiprocessors"
     if shape:
         _, count, hidden, _, size = shape
-        stages, _ = _divide_shared(device, "bfloat16", size, count, MOST_NODES, hidden)
+        stages, _ = _divide_shared(device, size, count, MOST_NODES, hidden)
         if stages < _FEWEST_STAGES:
             return f"needs more shared memory for {count} layers of {hidden} channels than a block can have here"
     return None
@@ -96,9 +98,9 @@ def bind_layers(stack: Sequence[Layer], ends: Ends, eps: float) -> Forward:
         mail = ends.embedding.new_empty(told + partial + 1, dtype=torch.int32).fill_(-1)
         scores = ends.embedding.new_empty((1, n, vocab), dtype=torch.float32) if logits else None
         tokens, rotation = tokens.contiguous(), rotation.contiguous()
-        stages, shared = _divide_shared(device, kind, size, len(held), n, hidden_size)
+        stages, shared = _divide_shared(device, size, len(held), n, hidden_size)
         # The limit belongs to the kernel, so it is the same for all launches.
-        most = _most_shared(device, kind, size)
+        most = _most_shared(device)
         kernel = library.load(
             "layers", _name(kind, size), _PARAMETERS, _THREADS, device, cooperative=True, most_shared=most
         )
@@ -141,18 +143,20 @@ def bind_layers(stack: Sequence[Layer], ends: Ends, eps: float) -> Forward:
     return run
 
 
-def _divide_shared(device: torch.device, kind: str, size: int, count: int, n: int, hidden: int) -> tuple[int, int]:
+def _divide_shared(device: torch.device, size: int, count: int, n: int, hidden: int) -> tuple[int, int]:
     """Stages of the ring, and bytes of dynamic shared memory with all that lies beside it."""
-    beside = n * (-(-hidden * 2 // 128) * 128 + 64) + _MIXING * _QUERIES * size * 4 + count * _POINTERS * 8
-    stages = min(_MOST_STAGES, (_most_shared(device, kind, size) - beside) // _STAGE)
+    block = 96 * size + 1024
+    normed, parts = n * (-(-hidden * 2 // 128) * 128 + 64), _MIXING * _QUERIES * size * 4
+    beside = block + normed + parts + count * _POINTERS * 8
+    stages = min(_MOST_STAGES, (_most_shared(device) - beside) // _STAGE)
     return stages, stages * _STAGE + beside
 
 
-@cache
-def _most_shared(device: torch.device, kind: str, size: int) -> int:
+def _most_shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have."""
     properties = torch.cuda.get_device_properties(device)
     most: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return most - library.module("layers", device).static_shared(_name(kind, size))
+    return most
 
 
 def _name(kind: str, size: int) -> str:
