@@ -53,7 +53,7 @@ def refuse(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
         return f"needs {_PARTS} multiprocessors"
     if shape:
         _, count, hidden, _, size = shape
-        stages, _ = _divide_shared(device, size, count, MOST_NODES, hidden)
+        stages, _ = _divide_shared(_most_shared(device), size, count, MOST_NODES, hidden)
         if stages < _FEWEST_STAGES:
             return f"needs more shared memory for {count} layers of {hidden} channels than a block can have here"
     return None
@@ -67,7 +67,7 @@ def bind_layers(stack: Sequence[Layer], ends: Ends, eps: float) -> Forward:
     device, kind = ends.embedding.device, str(ends.embedding.dtype).removeprefix("torch.")
     rows = [[_address(tensor) for tensor in layer] for layer in held]
     pointers = torch.tensor(rows, dtype=torch.int64).to(device)
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks, most = torch.cuda.get_device_properties(device).multi_processor_count, _most_shared(device)
     (every, hidden_size), inner_size, vocab = stack[0].qkv.shape, stack[0].down.shape[1], len(ends.head)
 
     def run(
@@ -98,9 +98,8 @@ def bind_layers(stack: Sequence[Layer], ends: Ends, eps: float) -> Forward:
         mail = ends.embedding.new_empty(told + partial + 1, dtype=torch.int32).fill_(-1)
         scores = ends.embedding.new_empty((1, n, vocab), dtype=torch.float32) if logits else None
         tokens, rotation = tokens.contiguous(), rotation.contiguous()
-        stages, shared = _divide_shared(device, size, len(held), n, hidden_size)
+        stages, shared = _divide_shared(most, size, len(held), n, hidden_size)
         # The limit belongs to the kernel, so it is the same for all launches.
-        most = _most_shared(device)
         kernel = library.load(
             "layers", _name(kind, size), _PARAMETERS, _THREADS, device, cooperative=True, most_shared=most
         )
@@ -143,12 +142,13 @@ def bind_layers(stack: Sequence[Layer], ends: Ends, eps: float) -> Forward:
     return run
 
 
-def _divide_shared(device: torch.device, size: int, count: int, n: int, hidden: int) -> tuple[int, int]:
-    """Stages of the ring, and bytes of dynamic shared memory with all that lies beside it."""
+def _divide_shared(most: int, size: int, count: int, n: int, hidden: int) -> tuple[int, int]:
+    """Stages of the ring, and bytes of dynamic shared memory with all that lies beside it, of `most`."""
+    # Of the source's `Block`: heads, rotations, softmaxes, squares and barriers.
     block = 96 * size + 1024
     normed, parts = n * (-(-hidden * 2 // 128) * 128 + 64), _MIXING * _QUERIES * size * 4
     beside = block + normed + parts + count * _POINTERS * 8
-    stages = min(_MOST_STAGES, (_most_shared(device) - beside) // _STAGE)
+    stages = min(_MOST_STAGES, (most - beside) // _STAGE)
     return stages, stages * _STAGE + beside
 
 

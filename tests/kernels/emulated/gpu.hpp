@@ -118,7 +118,6 @@ struct Machine {
   std::map<uint32_t, Barrier> barriers;
   std::vector<Copy> copies;
   std::vector<Word> words;
-  std::vector<std::pair<uint8_t*, const uint8_t*>> pieces;
   std::function<void()> body;
   Fiber* running = nullptr;
   std::string error;

@@ -11,7 +11,7 @@ extern "C" const char* run_layers(int half, int size, const void* arguments, int
     std::memcpy(&a, arguments, sizeof(a));
     const auto kernel = half ? (size == 64 ? layers_float16_64 : layers_float16_128)
                              : (size == 64 ? layers_bfloat16_64 : layers_bfloat16_128);
-    gpu::run([&] { kernel(a); }, blocks, kThreads, shared, seed, uint64_t{1} << 32);
+    gpu::run([&] { kernel(a); }, blocks, kThreads, shared, seed, uint64_t{1} << 27);
     return nullptr;
   } catch (const std::exception& error) {
     said = error.what();
