@@ -88,6 +88,7 @@ struct Ring {
   uint32_t full, empty;  // barriers of the first stage
   uint8_t* data;
   uint32_t stages;
+  uint32_t zero;  // 0, which the compiler does not know
 };
 
 // --- what blocks tell each other -------------------------------------------------------------------------------------
@@ -323,10 +324,15 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
                                     ? *reinterpret_cast<const uint4*>(lines + place.stage * kStage + half * 8 * kLine +
                                                                       step * kWarps * kStep * 2)
                                     : none;
+      // Every thread gives the stage back when what it asked for is there, not before: its arrival goes to an address
+      // that needs what it got.
+      uint32_t got = 0;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) got |= w[tile][step][0].x | w[tile][step][1].x;
+      arrive(ring.empty + place.stage * 8 + (got & ring.zero));
       place.next(ring.stages);
     }
   };
-  Place freed = place;
   take(0);
   const T* line = begin() + group * stride;
   uint4 x[kGroup][kSteps];
@@ -389,14 +395,6 @@ __device__ __forceinline__ void multiply_units(const Ring& ring, Place& place, i
             multiply(sums, low.x, high.x, low.y, high.y, with.x, with.y, T());
             multiply(more, low.z, high.z, low.w, high.w, with.z, with.w, T());
           }
-        }
-        // Only now: what was asked for from the ring is there when it has been used, not before.
-        __syncwarp();
-#pragma unroll
-        for (int tile = 0; tile < kGroup; ++tile) {
-          if (from + tile * kTile >= s.inputs) break;
-          if (lane == 0) arrive(ring.empty + freed.stage * 8);
-          freed.next(ring.stages);
         }
       }
 #pragma unroll
@@ -713,7 +711,8 @@ __device__ __forceinline__ void layers(const Arguments& a) {
   uint8_t* memory = dynamic_shared();
   Block<T, D>& block = *reinterpret_cast<Block<T, D>*>(memory);
   const Ring ring = {shared_address(block.barriers), shared_address(block.barriers + kMostStages),
-                     memory + sizeof(Block<T, D>), static_cast<uint32_t>(a.stages)};
+                     memory + sizeof(Block<T, D>), static_cast<uint32_t>(a.stages),
+                     static_cast<uint32_t>(a.stages >> 32)};
   uint8_t* normed = ring.data + ring.stages * kStage;
   float* parts = reinterpret_cast<float*>(normed + n * normed_line(hidden_size));
   Layer* table = reinterpret_cast<Layer*>(parts + kPartBytes / 4);
@@ -726,7 +725,7 @@ __device__ __forceinline__ void layers(const Arguments& a) {
 #pragma unroll 1
     for (uint32_t stage = 0; stage < ring.stages; ++stage) {
       init_barrier(ring.full + stage * 8, 1);
-      init_barrier(ring.empty + stage * 8, kWarps);
+      init_barrier(ring.empty + stage * 8, kComputing);
     }
     publish_barriers();
   }
