@@ -149,12 +149,7 @@ OPERATIONS: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("torch", anywhere, _load_linear("torch")),
     ),
     "layers": (
-        Implementation(
-            "cuda",
-            stated("ops.layers_cuda"),
-            lazy("ops.layers_cuda", "bind_layers"),
-            slower="gave other bits in 2 of 5 forwards of 8 nodes on a GPU, and a mended one has not run there",
-        ),
+        Implementation("cuda", stated("ops.layers_cuda"), lazy("ops.layers_cuda", "bind_layers")),
         Implementation("torch", anywhere, lazy("ops.layers", "bind_layers")),
     ),
     "product": (

@@ -257,11 +257,11 @@ def test_one_launch_of_attention_is_for_one_row_a_few_nodes_and_short_caches():
     assert not any((pays(2, 1, 512), pays(1, 9, 512), pays(1, 1, 2049)))
 
 
-def test_one_launch_of_all_layers_is_for_one_row_and_a_few_nodes():
+def test_one_launch_of_all_layers_is_for_one_row_a_few_nodes_and_caches_of_medium_length():
     from specdec_kernels.ops.layers import pays
 
-    assert {pays(1, n, capacity) for n in range(1, 9) for capacity in (16, 2048)} == {True}
-    assert not any((pays(2, 1, 512), pays(1, 9, 512)))
+    assert {pays(1, n, capacity) for n in range(1, 9) for capacity in (16, 4096)} == {True}
+    assert not any((pays(2, 1, 512), pays(1, 9, 512), pays(1, 1, 4097)))
 
 
 @pytest.mark.parametrize(
