@@ -8,9 +8,9 @@ from specdec_kernels.cuda import library
 from specdec_kernels.ops.walk import Verification
 
 _LARGEST, _THREADS = "P5qP", 256
-_WALK, _WARP = "Pq" + 2 * "P3q" + "P4q4P", 32
-# Token, choice, parent and validity of a node in the shared memory of a walk; 48 KiB are always there.
-_NODE_BYTES = 20
+_WALK = "Pq" + 2 * "P3q" + "P4q4P"
+# Token, choice and next node of a node in the shared memory of a walk; 48 KiB are always there.
+_NODE_BYTES = 16
 MOST_NODES = (48 << 10) // _NODE_BYTES
 # Enough blocks for every multiprocessor of a large device several times, and enough of a row for each.
 _BLOCKS, _LEAST_SHARE, _MOST_SPLITS = 1024, 2048, 64
@@ -39,10 +39,10 @@ def verify_greedy(
     count, next_token = ends[0], ends[1]
     if b:
         kind = str(logits.dtype).removeprefix("torch.")
-        library.load("verify_greedy", f"largest_{kind}", _LARGEST, _THREADS, device)(
+        library.load("verify_greedy", f"largest_{kind}", _LARGEST, _THREADS, device, early=True)(
             (b * n, splits), logits.data_ptr(), *logits.stride()[:2], n, v, share, words.data_ptr()
         )
-        library.load("verify_greedy", "walk", _WALK, _WARP, device)(
+        library.load("verify_greedy", "walk", _WALK, _THREADS, device, early=True)(
             (b, 1), words.data_ptr(), splits,
             tokens.data_ptr(), *tokens.stride(), tokens.element_size(),
             parents.data_ptr(), *parents.stride(), parents.element_size(),
