@@ -108,16 +108,12 @@ def _sampled(
     row, node = line // n, (line % n).to(tl.int32)
     here = logits + row * stride_b + node * stride_n
     which = tl.arange(0, width)
-    there = which < parts
-    tops = tl.load(maxima + line * parts + which, mask=there, other=float("-inf"))
-    shares = tl.load(totals + line * parts + which, mask=there, other=0.0)
-    top, total = law.merged(tops, shares, 0)
-    factor = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - law.finite(top)))
+    sums, top, total = law.parts_of(maxima, totals, line, parts, width)
     uniform = philox_triton.coins(
         node, node >= 0, row, accept, accept_b, accept_n, seed, seed_b, round, round_b, philox_triton.ACCEPTING, made
     )
     goal = uniform * total
-    part, base = law.part_of(shares * factor.to(tl.float64), which, parts, goal)
+    part, base = law.part_of(sums, which, parts, goal)
     found = tl.program_id(0) * 0 + BEYOND
     last = tl.program_id(0) * 0
     tile = tl.program_id(0) * 0

@@ -11,12 +11,14 @@ relatively, where x is the largest of its row in size. What is
 kept is what the definition keeps, but for tokens at the edge of top-p or min-p whose mass lies within that bound of it.
 """
 
+from functools import cache
 from typing import NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 _TRIED = tl.constexpr(16)
 # As many programs of 4 warps as a large device holds at once (132 multiprocessors of 64 warps), rounded.
@@ -52,6 +54,15 @@ class Limits(NamedTuple):
     def width(self) -> int:
         """A power of two with room for the parts."""
         return int(triton.next_power_of_2(self.parts))
+
+
+@triton.jit
+@no_type_check
+def follow(early: tl.constexpr):
+    """What an `early` launch begins with: wait for the kernel ahead, and let the next one come."""
+    if early:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -104,7 +115,7 @@ def finite(maximum):
 @no_type_check
 def _parts(
     maxima, totals, logits, stride_b, stride_n, n, v, splits, tiles,
-    temperature: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    temperature: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """Maximum and sum of weights of one of `splits` parts of a row.
 
@@ -112,6 +123,7 @@ def _parts(
     distance d of the lane's maximum weighs exp(-d) against it if it is smaller, and the sum weighs exp(-d) against x
     if it is larger: one exponential for each.
     """
+    follow(early)
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     here = logits + (line // n) * stride_b + (line % n) * stride_n
     lanes = tl.arange(0, block)
@@ -177,11 +189,24 @@ def joined(maxima, totals, line, mask, splits, width: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def parts_of(maxima, totals, line, splits, width: tl.constexpr):
+    """What the parts of one whole row weigh, each relative to the row's maximum; that, and what all weigh."""
+    part = tl.arange(0, width)
+    there = part < splits
+    tops = tl.load(maxima + line * splits + part, mask=there, other=float("-inf"))
+    shares = tl.load(totals + line * splits + part, mask=there, other=0.0)
+    top, total = merged(tops, shares, 0)
+    # As in `merged`.
+    factor = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - finite(top)))
+    return shares * factor.to(tl.float64), top, total
+
+
+@triton.jit
+@no_type_check
 def joined_row(maxima, totals, line, splits, width: tl.constexpr):
     """Maximum and sum of weights of one whole row from its parts."""
-    part = tl.arange(0, width)
-    tops = tl.load(maxima + line * splits + part, mask=part < splits, other=float("-inf"))
-    return merged(tops, tl.load(totals + line * splits + part, mask=part < splits, other=0.0), 0)
+    _, top, total = parts_of(maxima, totals, line, splits, width)
+    return top, total
 
 
 @triton.jit
@@ -334,18 +359,32 @@ def _apply(
     tl.store(out + line * v + token, law, mask=token < v)
 
 
+@cache
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a launch of a kernel that takes `early`: where the GPU can, it starts while the one ahead ends."""
+    able = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"early": True, "launch_pdl": True} if able else {}
+
+
+def _crowded(device: torch.device) -> dict[str, int]:
+    """Options with which `_PROGRAMS` of 4 warps run at once: as many registers as a thread of a full device has."""
+    return {"maxnreg": 32} if device.type == "cuda" and torch.version.cuda else {}
+
+
 def tile(v: int, widest: int) -> int:
     """Tokens that a program takes at a time."""
     return int(min(widest, max(128, triton.next_power_of_2(v))))
 
 
-def partition(lines: int, v: int, widest: int, most: int | None = None) -> tuple[int, int, int]:
-    """Tokens a tile, parts a row and tiles a part (at most `most` while parts suffice), so that `lines` rows keep a
-    large device busy."""
+def partition(
+    lines: int, v: int, widest: int, most: int | None = None, splits: int = _MAX_SPLITS
+) -> tuple[int, int, int]:
+    """Tokens a tile, parts a row (up to `splits`) and tiles a part (at most `most` while parts suffice), so that
+    `lines` rows keep a large device busy."""
     block = tile(v, widest)
     tiles = triton.cdiv(v, block)
     wanted = max(triton.cdiv(_PROGRAMS, max(lines, 1)), 1 if most is None else triton.cdiv(tiles, most))
-    each = triton.cdiv(tiles, min(tiles, _MAX_SPLITS, wanted))
+    each = triton.cdiv(tiles, min(tiles, splits, wanted))
     return block, triton.cdiv(tiles, each), each
 
 
@@ -376,7 +415,7 @@ def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
         totals = torch.empty((b, n, splits), dtype=torch.float64, device=device)
         _parts[(b * n, splits)](
             maxima, totals, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
-            temperature=float(temperature), kind=kind, block=block, num_warps=4,
+            temperature=float(temperature), kind=kind, block=block, num_warps=4, **early(device), **_crowded(device),
         )  # fmt: skip
         return Limits(None, None, maxima, totals, block * tiles)
     threshold = torch.empty((b, n, 1), dtype=torch.int64, device=device)

@@ -74,7 +74,9 @@ def _walk(
     accept, accept_b, accept_n, seed, seed_b, round, round_b, maxima, totals, threshold, cut, n, v, splits, tiny,
     made: tl.constexpr, replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr,
     filtered: tl.constexpr, kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr = False,
 ):  # fmt: skip
+    law.follow(early)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, nodes)
     exists = index < n
@@ -221,50 +223,54 @@ def _remains(
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, v, splits, parts, tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """What one of `parts` parts of each row's last law weighs, before and after the last rejection."""
+    law.follow(early)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = tl.arange(0, nodes)
     own = row * n + index
     exists = index < n
     node, stop, scale = tl.load(node_in + row), tl.load(stop_in + row), tl.load(scale_in + row)
-    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
-    siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
-    siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
-    drawn = tl.zeros([nodes], tl.int32)
-    if drafts:
-        drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
-    masses = tl.load(masses_in + own, mask=exists, other=1.0)
-    draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
-    top, total = law.joined_row(maxima, totals, row * n + node, splits, width)
-    before_sum = tl.zeros([block], tl.float64)
-    after_sum = tl.zeros([block], tl.float64)
-    for tile in range(tiles):
-        token = (part * tiles + tile) * block + tl.arange(0, block)
-        before, after = last_weights(
-            row, token, token < v, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
-            top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
-            replacement, drafts, temperature, filtered, kind,
-        )  # fmt: skip
-        before_sum += before
-        after_sum += after
-    tl.store(before_out + row * parts + part, tl.sum(before_sum, 0))
-    tl.store(after_out + row * parts + part, tl.sum(after_sum, 0))
+    # Without a rejection the parts of the law are known, unless something was filtered, when it has only one.
+    if filtered | (stop > 0):
+        drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
+        siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
+        siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
+        drawn = tl.zeros([nodes], tl.int32)
+        if drafts:
+            drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
+        masses = tl.load(masses_in + own, mask=exists, other=1.0)
+        draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
+        top, total = law.joined_row(maxima, totals, row * n + node, splits, width)
+        before_sum = tl.zeros([block], tl.float64)
+        after_sum = tl.zeros([block], tl.float64)
+        for tile in range(tiles):
+            token = (part * tiles + tile) * block + tl.arange(0, block)
+            before, after = last_weights(
+                row, token, token < v, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
+                top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
+                replacement, drafts, temperature, filtered, kind,
+            )  # fmt: skip
+            before_sum += before
+            after_sum += after
+        tl.store(before_out + row * parts + part, tl.sum(before_sum, 0))
+        tl.store(after_out + row * parts + part, tl.sum(after_sum, 0))
 
 
-@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles"])
+@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles", "law_tiles"])
 @no_type_check
 def _draw(
     next_token, given, given_b, given_n, seed, seed_b, round, round_b,
     before_in, after_in, node_in, stop_in, scale_in, masses_in, draft_masses_in,
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
-    maxima, totals, threshold, cut, n, v, splits, parts, tiles,
+    maxima, totals, threshold, cut, n, v, splits, parts, tiles, law_tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
     kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, sums_width: tl.constexpr,
-    made: tl.constexpr,
+    made: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """Invert the distribution function of each row's last law: find the part, then the token in it."""
+    law.follow(early)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, nodes)
     own = row * n + index
@@ -278,20 +284,26 @@ def _draw(
         drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
     masses = tl.load(masses_in + own, mask=exists, other=1.0)
     draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
-    top, total = law.joined_row(maxima, totals, row * n + node, splits, width)
+    known, top, total = law.parts_of(maxima, totals, row * n + node, splits, width)
 
-    which = tl.arange(0, sums_width)
-    before_sums = tl.load(before_in + row * parts + which, mask=which < parts, other=0.0)
-    after_sums = tl.load(after_in + row * parts + which, mask=which < parts, other=0.0)
-    # Where the last rejection leaves nothing it was a matter of rounding, and the law before it is used.
-    fallback = (tl.sum(after_sums, 0) > 0).to(tl.int32) == 0
-    sums = tl.where(fallback, before_sums, after_sums)
     root = tl.program_id(0) * 0
     uniform = philox_triton.coins(
         root, root == 0, row, given, given_b, given_n, seed, seed_b, round, round_b, philox_triton.DRAWING, made
     )
-    goal = uniform * tl.sum(sums, 0)
-    part, base = law.part_of(sums, which, parts, goal)
+    fallback = root != 0
+    if filtered | (stop > 0):
+        which = tl.arange(0, sums_width)
+        before_sums = tl.load(before_in + row * parts + which, mask=which < parts, other=0.0)
+        after_sums = tl.load(after_in + row * parts + which, mask=which < parts, other=0.0)
+        # Where the last rejection leaves nothing it was a matter of rounding, and the law before it is used.
+        fallback = (tl.sum(after_sums, 0) > 0).to(tl.int32) == 0
+        sums = tl.where(fallback, before_sums, after_sums)
+        goal = uniform * tl.sum(sums, 0)
+        part, base = law.part_of(sums, which, parts, goal)
+    else:
+        goal = uniform
+        part, base = law.part_of(known / total, tl.arange(0, width), splits, goal)
+        tiles = law_tiles
 
     found = tl.program_id(0) * 0 + 0x7FFFFFFF
     last = tl.program_id(0) * 0
@@ -456,7 +468,7 @@ def verify_lossless(
         *end.verdict(), *end.ends(), *end.chain(),
         logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2], *coins.accept, *coins.source,
         *found.pointers(), n, v, found.parts, torch.finfo(dtype).tiny,
-        made=coins.made, **options, block=law.tile(v, widest=4096), num_warps=8,
+        made=coins.made, **options, block=law.tile(v, widest=4096), num_warps=8, **law.early(logits.device),
     )  # fmt: skip
     return end.draw(logits, tree, draft, coins, found, options)
 
@@ -555,16 +567,18 @@ class _End:
         """Draw each row's next token from what the walk left."""
         b, _, v = logits.shape
         n = logits.shape[1]
-        block, parts, tiles = law.partition(b, v, widest=1024)
+        # Drawing goes through one part of a row, tile by tile.
+        block, parts, tiles = law.partition(b, v, widest=1024, most=4, splits=256)
         sums = torch.empty((2, b, parts), dtype=torch.float64, device=logits.device)
         common = (
             *self.ends(), *self.chain(), logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2],
             *found.pointers(), n, v, found.parts, parts, tiles,
         )  # fmt: skip
-        _remains[(b, parts)](sums[0], sums[1], *common, **options, block=block, num_warps=4)
+        early = law.early(logits.device)
+        _remains[(b, parts)](sums[0], sums[1], *common, **options, block=block, num_warps=4, **early)
         sums_width = triton.next_power_of_2(parts)
         _draw[(b,)](
-            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common,
-            **options, block=block, sums_width=sums_width, made=coins.made, num_warps=4,
+            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, triton.cdiv(found.size, block),
+            **options, block=block, sums_width=sums_width, made=coins.made, num_warps=4, **early,
         )  # fmt: skip
         return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
