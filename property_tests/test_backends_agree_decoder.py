@@ -350,6 +350,21 @@ def test_all_layers_give_the_same_bits_every_time(name, n):
         assert torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_layers_end_on_numbers_with_the_bits_of_nothing_told_yet(name, dtype):
+    # They are NaNs, which checkpoints and caches can hold.
+    stack = (2, 520, 96, 2, 3, 128, 31)
+    made, ends = make_stack(stack, 0, dtype, bias=True, head_norm=True)
+    tokens, rotation, slots, length = make_nodes(stack, 0, 3, 70, dtype)
+    for tensor in (*(weight for layer in made for weight in layer), *ends, slots):
+        tensor.view(torch.int16).fill_(-1)
+    run = implementation("layers", name, dtype)(made, ends, 1e-5)
+    hidden, logits = run(tokens, rotation, slots, length, None, width=3, count=2, logits=True)
+    assert hidden.isnan().all()
+    assert logits.isnan().all()
+
+
 @given(width=st.integers(1, 64), earlier=st.integers(0, 8), seed=st.integers(0, 2**20))
 def test_bit_masks_hold_64_slots(width, earlier, seed):
     visible = torch.rand(2, max(1, width - earlier), width, generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -151,3 +151,17 @@ def test_a_node_has_the_same_bits_alone_and_in_company(run):
         )
         assert torch.equal(state, hidden[:, here])
         assert torch.equal(scores, logits[:, here])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_with_the_bits_of_nothing_told_yet_come_to_an_end(run, dtype):
+    # They are NaNs, which checkpoints and caches can hold.
+    stack, ends = model(dtype, count=1, extras=True)
+    tokens, rotation, slots, length = nodes(stack, 64, 1, 2, 5, dtype)
+    for tensor in (*stack[0], *ends, slots):
+        tensor.view(torch.int16).fill_(-1)
+    hidden, logits = run.bind(stack, ends, 1e-5)(
+        tokens, rotation, slots, length, None, width=2, count=1, logits=True
+    )  # fmt: skip
+    assert hidden.isnan().all()
+    assert logits.isnan().all()

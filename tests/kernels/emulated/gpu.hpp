@@ -283,7 +283,13 @@ inline __nv_bfloat16 __float2bfloat16(float v) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline float __half2float(__half v) { return static_cast<float>(v.v); }
-inline __half __float2half(float v) { return {static_cast<_Float16>(v)}; }
+inline __half __float2half(float v) {
+  if (!std::isnan(v)) return {static_cast<_Float16>(v)};
+  const uint16_t bits = 0x7FFF;
+  __half made;
+  std::memcpy(&made, &bits, sizeof made);
+  return made;
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
