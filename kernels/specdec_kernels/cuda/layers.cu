@@ -2,8 +2,8 @@
 //
 // Decoding reads every weight once, and what costs time beside that is what memory does not deliver meanwhile: the
 // starts and ends of kernels, and attention, for which most of the device waits. Here every multiprocessor runs one
-// block to the end. Its last warp does nothing but ask for weights, in the order in which they will be needed, through
-// a ring in shared memory. It waits for room, never for results, so weights of the next products arrive while the
+// block to the end. Two of its warps do nothing but ask for weights, in the order in which they will be needed, through
+// a ring in shared memory. They wait for room, never for results, so weights of the next products arrive while the
 // other warps wait for the rest of the device or attend.
 //
 // Five phases a layer: heads, attention, output projection, gate and up, down. Blocks tell each other what they made
@@ -27,6 +27,7 @@ namespace {
 constexpr int kWarps = 8;  // that compute
 constexpr int kComputing = kWarps * 32;
 constexpr int kThreads = kComputing + 128;  // a group of four warps, which is what registers move between
+constexpr int kAsking = 2;                  // warps that ask for weights: one cannot ask fast enough
 constexpr int kOutputs = 16;
 constexpr int kMostNodes = 8;
 constexpr int kStep = 32;                       // inputs of a warp at a time: 8 of each thread of a quad
@@ -178,7 +179,9 @@ __device__ __forceinline__ Shape shape_of(const Arguments& a, const Layer* layer
 // before up, along the inputs.
 template <typename T, int D>
 __device__ __forceinline__ void request(const Arguments& a, const Layer* layers, int phases, const Ring& ring) {
-  const int lane = threadIdx.x % 32;
+  // Of every tile's lines each warp asks for some.
+  constexpr int kLines = kOutputs / kAsking;
+  const int lane = threadIdx.x % 32, asking = (threadIdx.x - kComputing) / 32, own = asking * kLines + lane;
   Place place, behind;
   int begun = 0, dealt = 0;
 #pragma unroll 1
@@ -186,11 +189,11 @@ __device__ __forceinline__ void request(const Arguments& a, const Layer* layers,
     const Shape s = shape_of<D>(a, layers, phase);
 #pragma unroll 1
     for (int unit = first_unit(dealt); unit < s.units(); unit += gridDim.x) {
-      const int lines = min(s.outputs - unit * kOutputs, kOutputs);
+      const int lines = max(min(s.outputs - unit * kOutputs - asking * kLines, kLines), 0);
 #pragma unroll 1
       for (int side = 0; side < s.sides; ++side) {
-        const T* line = static_cast<const T*>(s.weight) +
-                        static_cast<int64_t>(side * s.outputs + unit * kOutputs + lane) * s.inputs;
+        const T* line =
+            static_cast<const T*>(s.weight) + static_cast<int64_t>(side * s.outputs + unit * kOutputs + own) * s.inputs;
 #pragma unroll 1
         for (int begin = 0; begin < s.inputs; begin += kTile) {
           const uint32_t bytes = min(s.inputs - begin, kTile) * static_cast<int>(sizeof(T));
@@ -205,7 +208,7 @@ __device__ __forceinline__ void request(const Arguments& a, const Layer* layers,
           if (lane == 0) arrive_and_announce(full, bytes * lines);
           __syncwarp();
           if (lane < lines)
-            copy_bulk(shared_address(ring.data) + place.stage * kStage + lane * kLine, line + begin, bytes, full);
+            copy_bulk(shared_address(ring.data) + place.stage * kStage + own * kLine, line + begin, bytes, full);
           place.next(ring.stages);
         }
       }
@@ -724,7 +727,7 @@ __device__ __forceinline__ void layers(const Arguments& a) {
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (uint32_t stage = 0; stage < ring.stages; ++stage) {
-      init_barrier(ring.full + stage * 8, 1);
+      init_barrier(ring.full + stage * 8, kAsking);
       init_barrier(ring.empty + stage * 8, kComputing);
     }
     publish_barriers();
@@ -736,7 +739,7 @@ __device__ __forceinline__ void layers(const Arguments& a) {
   int dealt = 0;
   if (threadIdx.x >= kComputing) {
     give_registers<40>();
-    if (threadIdx.x >= kComputing + 32) return;
+    if (threadIdx.x >= kComputing + 32 * kAsking) return;
     request<T, D>(a, table, phases, ring);
     return;
   }

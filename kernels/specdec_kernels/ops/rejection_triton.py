@@ -258,13 +258,13 @@ def _remains(
         tl.store(after_out + row * parts + part, tl.sum(after_sum, 0))
 
 
-@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles", "law_tiles"])
+@triton.jit(do_not_specialize=["n", "splits", "parts", "size", "law_size"])
 @no_type_check
 def _draw(
     next_token, given, given_b, given_n, seed, seed_b, round, round_b,
     before_in, after_in, node_in, stop_in, scale_in, masses_in, draft_masses_in,
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
-    maxima, totals, threshold, cut, n, v, splits, parts, tiles, law_tiles,
+    maxima, totals, threshold, cut, n, v, splits, parts, size, law_size,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
     kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, sums_width: tl.constexpr,
     made: tl.constexpr, early: tl.constexpr = False,
@@ -303,22 +303,23 @@ def _draw(
     else:
         goal = uniform
         part, base = law.part_of(known / total, tl.arange(0, width), splits, goal)
-        tiles = law_tiles
+        size = law_size
 
     found = tl.program_id(0) * 0 + 0x7FFFFFFF
     last = tl.program_id(0) * 0
-    tile = tl.program_id(0) * 0
-    while tile < tiles:
-        token = (part * tiles + tile) * block + tl.arange(0, block)
+    begin = part * size
+    end = tl.minimum(begin + size, v)
+    while begin < end:
+        token = begin + tl.arange(0, block)
         before, after = last_weights(
-            row, token, token < v, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
+            row, token, token < end, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
             top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
             replacement, drafts, temperature, filtered, kind,
         )  # fmt: skip
         weight = tl.where(fallback, before, after)
         found, here, base = law.token_of(weight, token, base, goal)
         last = tl.maximum(last, here)
-        tile = tl.where(found < 0x7FFFFFFF, tiles, tile + 1)
+        begin = tl.where(found < 0x7FFFFFFF, end, begin + block)
     tl.store(next_token + row, tl.where(found < 0x7FFFFFFF, found, last).to(tl.int64))
 
 
@@ -567,18 +568,20 @@ class _End:
         """Draw each row's next token from what the walk left."""
         b, _, v = logits.shape
         n = logits.shape[1]
-        # Drawing goes through one part of a row, tile by tile.
         block, parts, tiles = law.partition(b, v, widest=1024, most=4, splits=256)
         sums = torch.empty((2, b, parts), dtype=torch.float64, device=logits.device)
         common = (
             *self.ends(), *self.chain(), logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2],
-            *found.pointers(), n, v, found.parts, parts, tiles,
+            *found.pointers(), n, v, found.parts, parts,
         )  # fmt: skip
         early = law.early(logits.device)
-        _remains[(b, parts)](sums[0], sums[1], *common, **options, block=block, num_warps=4, **early)
-        sums_width = triton.next_power_of_2(parts)
+        _remains[(b, parts)](sums[0], sums[1], *common, tiles, **options, block=block, num_warps=4, **early)
+        # It goes through one part, whose tokens a thread holds one next to the other where rows are aligned. Where they
+        # are not, adding them up costs so much each time that it does so in few, large steps.
+        largest = law.tile(max(block * tiles, min(found.size, v)), widest=1024 if v % 16 == 0 else 4096)
         _draw[(b,)](
-            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, triton.cdiv(found.size, block),
-            **options, block=block, sums_width=sums_width, made=coins.made, num_warps=4, **early,
+            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, block * tiles, found.size,
+            **options, block=largest, sums_width=triton.next_power_of_2(parts), made=coins.made,
+            num_warps=4 if largest <= 1024 else 8, **early,
         )  # fmt: skip
         return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
