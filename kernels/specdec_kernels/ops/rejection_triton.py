@@ -3,7 +3,8 @@
 Nothing as large as the logits is written. A round of `verify_lossless` is four launches: the parts of every node's
 law (`law_triton.limits`); the walk, one program a row, which needs p and q at the drafted tokens only, unless a
 sampled sibling is rejected and another follows, when it runs over that one row of p and q for the mass they leave; the
-remaining weights of the one node that each row ended at, in parts; and the draw. `verify_block` needs the mass of
+remaining weights of the one node that each row ended at, in parts, where a rejection changed them; and the draw. A
+launch starts while the one ahead of it ends, where the GPU can. `verify_block` needs the mass of
 every position, so it reads all of p and q twice, in six launches.
 
 Numbers: as in `law_triton`, with scalars (masses, ratios, what a coin is compared with) in float64. A decision differs
@@ -23,6 +24,10 @@ from torch import Tensor
 from specdec_kernels.ops import law_triton as law
 from specdec_kernels.ops import philox_triton
 from specdec_kernels.ops.walk import Verification
+
+# Tokens of a part of the law up to which drawing goes through one. Larger ones, which many rows have, are weighed again
+# in smaller parts.
+_MOST_DRAWN = 8192
 
 
 @triton.jit
@@ -223,17 +228,20 @@ def _remains(
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
     maxima, totals, threshold, cut, n, v, splits, parts, tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, early: tl.constexpr = False,
+    kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, known: tl.constexpr,
+    early: tl.constexpr = False,
 ):  # fmt: skip
-    """What one of `parts` parts of each row's last law weighs, before and after the last rejection."""
+    """What one of `parts` parts of each row's last law weighs, before and after the last rejection.
+
+    `known`: without a rejection, what the parts of `limits` weigh says it already.
+    """
     law.follow(early)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = tl.arange(0, nodes)
     own = row * n + index
     exists = index < n
     node, stop, scale = tl.load(node_in + row), tl.load(stop_in + row), tl.load(scale_in + row)
-    # Without a rejection the parts of the law are known, unless something was filtered, when it has only one.
-    if filtered | (stop > 0):
+    if (not known) | (stop > 0):
         drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
         siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
         siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
@@ -267,7 +275,7 @@ def _draw(
     maxima, totals, threshold, cut, n, v, splits, parts, size, law_size,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
     kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, sums_width: tl.constexpr,
-    made: tl.constexpr, early: tl.constexpr = False,
+    made: tl.constexpr, known: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """Invert the distribution function of each row's last law: find the part, then the token in it."""
     law.follow(early)
@@ -284,14 +292,14 @@ def _draw(
         drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
     masses = tl.load(masses_in + own, mask=exists, other=1.0)
     draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
-    known, top, total = law.parts_of(maxima, totals, row * n + node, splits, width)
+    told, top, total = law.parts_of(maxima, totals, row * n + node, splits, width)
 
     root = tl.program_id(0) * 0
     uniform = philox_triton.coins(
         root, root == 0, row, given, given_b, given_n, seed, seed_b, round, round_b, philox_triton.DRAWING, made
     )
     fallback = root != 0
-    if filtered | (stop > 0):
+    if (not known) | (stop > 0):
         which = tl.arange(0, sums_width)
         before_sums = tl.load(before_in + row * parts + which, mask=which < parts, other=0.0)
         after_sums = tl.load(after_in + row * parts + which, mask=which < parts, other=0.0)
@@ -302,7 +310,7 @@ def _draw(
         part, base = law.part_of(sums, which, parts, goal)
     else:
         goal = uniform
-        part, base = law.part_of(known / total, tl.arange(0, width), splits, goal)
+        part, base = law.part_of(told / total, tl.arange(0, width), splits, goal)
         size = law_size
 
     found = tl.program_id(0) * 0 + 0x7FFFFFFF
@@ -574,14 +582,18 @@ class _End:
             *self.ends(), *self.chain(), logits, *logits.stride()[:2], *tree, draft, *draft.stride()[:2],
             *found.pointers(), n, v, found.parts, parts,
         )  # fmt: skip
-        early = law.early(logits.device)
-        _remains[(b, parts)](sums[0], sums[1], *common, tiles, **options, block=block, num_warps=4, **early)
-        # It goes through one part, whose tokens a thread holds one next to the other where rows are aligned. Where they
-        # are not, adding them up costs so much each time that it does so in few, large steps.
-        largest = law.tile(max(block * tiles, min(found.size, v)), widest=1024 if v % 16 == 0 else 4096)
+        # A filtered law has one part.
+        known, early = found.threshold is None and found.size <= _MOST_DRAWN, law.early(logits.device)
+        _remains[(b, parts)](
+            sums[0], sums[1], *common, tiles, **options, block=block, known=known, num_warps=4, **early
+        )  # fmt: skip
+        # Drawing goes through one part, whose tokens a thread holds one next to the other where rows are aligned. Where
+        # they are not, adding them up costs so much each time that it does so in few, large steps.
+        size = block * tiles
+        step = law.tile(max(size, found.size) if known else size, widest=1024 if v % 16 == 0 else 4096)
         _draw[(b,)](
-            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, block * tiles, found.size,
-            **options, block=largest, sums_width=triton.next_power_of_2(parts), made=coins.made,
-            num_warps=4 if largest <= 1024 else 8, **early,
+            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, size, found.size,
+            **options, block=step, sums_width=triton.next_power_of_2(parts), made=coins.made, known=known,
+            num_warps=4 if step <= 1024 else 8, **early,
         )  # fmt: skip
         return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
