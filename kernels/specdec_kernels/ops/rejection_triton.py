@@ -266,18 +266,21 @@ def _remains(
         tl.store(after_out + row * parts + part, tl.sum(after_sum, 0))
 
 
-@triton.jit(do_not_specialize=["n", "splits", "parts", "size", "law_size"])
+@triton.jit(do_not_specialize=["n", "splits", "parts", "tiles", "law_tiles"])
 @no_type_check
 def _draw(
     next_token, given, given_b, given_n, seed, seed_b, round, round_b,
     before_in, after_in, node_in, stop_in, scale_in, masses_in, draft_masses_in,
     logits, stride_b, stride_n, tokens, parents, valid, sampled, draft, draft_b, draft_n,
-    maxima, totals, threshold, cut, n, v, splits, parts, size, law_size,
+    maxima, totals, threshold, cut, n, v, splits, parts, tiles, law_tiles,
     replacement: tl.constexpr, drafts: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
     kind: tl.constexpr, nodes: tl.constexpr, width: tl.constexpr, block: tl.constexpr, sums_width: tl.constexpr,
-    made: tl.constexpr, known: tl.constexpr, early: tl.constexpr = False,
+    made: tl.constexpr, known: tl.constexpr, unit: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
-    """Invert the distribution function of each row's last law: find the part, then the token in it."""
+    """Invert the distribution function of each row's last law: find the part, then the token in it.
+
+    Parts are `tiles` times `unit` tokens, or `law_tiles` where `limits` made them; `block` tokens are seen at a time.
+    """
     law.follow(early)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, nodes)
@@ -311,23 +314,24 @@ def _draw(
     else:
         goal = uniform
         part, base = law.part_of(told / total, tl.arange(0, width), splits, goal)
-        size = law_size
+        tiles = law_tiles
 
     found = tl.program_id(0) * 0 + 0x7FFFFFFF
     last = tl.program_id(0) * 0
-    begin = part * size
-    end = tl.minimum(begin + size, v)
-    while begin < end:
-        token = begin + tl.arange(0, block)
+    tile = part * tiles
+    end = tile + tiles
+    while tile < end:
+        # Masked by what the compiler knows to be aligned, so that a thread's tokens are read together.
+        token = tile * unit + tl.arange(0, block)
         before, after = last_weights(
-            row, token, token < end, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
+            row, token, token < v, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses,
             top, total, logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
             replacement, drafts, temperature, filtered, kind,
         )  # fmt: skip
-        weight = tl.where(fallback, before, after)
+        weight = tl.where(token < end * unit, tl.where(fallback, before, after), 0.0)
         found, here, base = law.token_of(weight, token, base, goal)
         last = tl.maximum(last, here)
-        begin = tl.where(found < 0x7FFFFFFF, end, begin + block)
+        tile = tl.where(found < 0x7FFFFFFF, end, tile + block // unit)
     tl.store(next_token + row, tl.where(found < 0x7FFFFFFF, found, last).to(tl.int64))
 
 
@@ -589,11 +593,12 @@ class _End:
         )  # fmt: skip
         # Drawing goes through one part, whose tokens a thread holds one next to the other where rows are aligned. Where
         # they are not, adding them up costs so much each time that it does so in few, large steps.
-        size = block * tiles
-        step = law.tile(max(size, found.size) if known else size, widest=1024 if v % 16 == 0 else 4096)
+        law_tiles = triton.cdiv(found.size, block)
+        most = block * max(tiles, law_tiles if known else 0)
+        step = law.tile(most, widest=1024 if v % 16 == 0 else 4096)
         _draw[(b,)](
-            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, size, found.size,
-            **options, block=step, sums_width=triton.next_power_of_2(parts), made=coins.made, known=known,
+            self.integers[1], *coins.token, *coins.source, sums[0], sums[1], *common, tiles, law_tiles,
+            **options, block=step, sums_width=triton.next_power_of_2(parts), made=coins.made, known=known, unit=block,
             num_warps=4 if step <= 1024 else 8, **early,
         )  # fmt: skip
         return Verification(self.path, self.integers[0], self.integers[1], self.accept_prob)
