@@ -199,6 +199,28 @@ def _walk(
 
 @triton.jit
 @no_type_check
+def rejected(
+    row, node, stop, tokens, parents, valid, sampled, masses_in, draft_masses_in, n,
+    drafts: tl.constexpr, nodes: tl.constexpr,
+):  # fmt: skip
+    """Of a row that ended at `node`, which nodes are siblings that were rejected there, up to `stop`; and of all nodes
+    the tokens, whether they were drawn from the draft law, and what their rejections left of both laws."""
+    index = tl.arange(0, nodes)
+    own = row * n + index
+    exists = index < n
+    siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
+    siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
+    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
+    drawn = tl.zeros([nodes], tl.int32)
+    if drafts:
+        drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
+    masses = tl.load(masses_in + own, mask=exists, other=1.0)
+    draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
+    return siblings, drafted, drawn, masses, draft_masses
+
+
+@triton.jit
+@no_type_check
 def last_weights(
     row, token, mask, node, stop, scale, index, siblings, drafted, drawn, masses, draft_masses, top, total,
     logits, stride_b, stride_n, draft, draft_b, draft_n, threshold, cut, n,
@@ -238,18 +260,11 @@ def _remains(
     law.follow(early)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = tl.arange(0, nodes)
-    own = row * n + index
-    exists = index < n
     node, stop, scale = tl.load(node_in + row), tl.load(stop_in + row), tl.load(scale_in + row)
     if (not known) | (stop > 0):
-        drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
-        siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
-        siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
-        drawn = tl.zeros([nodes], tl.int32)
-        if drafts:
-            drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
-        masses = tl.load(masses_in + own, mask=exists, other=1.0)
-        draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
+        siblings, drafted, drawn, masses, draft_masses = rejected(
+            row, node, stop, tokens, parents, valid, sampled, masses_in, draft_masses_in, n, drafts, nodes
+        )
         top, total = law.joined_row(maxima, totals, row * n + node, splits, width)
         before_sum = tl.zeros([block], tl.float64)
         after_sum = tl.zeros([block], tl.float64)
@@ -284,17 +299,10 @@ def _draw(
     law.follow(early)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, nodes)
-    own = row * n + index
-    exists = index < n
     node, stop, scale = tl.load(node_in + row), tl.load(stop_in + row), tl.load(scale_in + row)
-    drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
-    siblings = (tl.load(valid + own, mask=exists, other=0) != 0) & (index > 0) & (index <= stop)
-    siblings = siblings & (tl.load(parents + own, mask=exists, other=-1).to(tl.int32) == node)
-    drawn = tl.zeros([nodes], tl.int32)
-    if drafts:
-        drawn = tl.load(sampled + own, mask=exists, other=0).to(tl.int32)
-    masses = tl.load(masses_in + own, mask=exists, other=1.0)
-    draft_masses = tl.load(draft_masses_in + own, mask=exists, other=1.0)
+    siblings, drafted, drawn, masses, draft_masses = rejected(
+        row, node, stop, tokens, parents, valid, sampled, masses_in, draft_masses_in, n, drafts, nodes
+    )
     told, top, total = law.parts_of(maxima, totals, row * n + node, splits, width)
 
     root = tl.program_id(0) * 0
