@@ -44,7 +44,8 @@ class Driver(ctypes.CDLL):
         message._obj.value = b"out of patience"
 
 
-def kernel_of(fake, monkeypatch, parameters, **options):
+def kernel_of(fake, monkeypatch, parameters, capability=(9, 0), **options):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=77))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     module = object.__new__(driver.Module)
@@ -68,9 +69,10 @@ def test_a_launch_tells_the_driver_its_shape_stream_and_arguments(monkeypatch):
     assert second["values"] == struct.pack("@Pqf4x", 1, 2, 3.0)
 
 
-def test_a_launch_that_must_wait_carries_no_attribute(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"early": True, "capability": (8, 9)}])
+def test_a_launch_that_must_wait_carries_no_attribute(monkeypatch, options):
     fake = Driver()
-    kernel_of(fake, monkeypatch, "q")((1, 1), 1)
+    kernel_of(fake, monkeypatch, "q", **options)((1, 1), 1)
     assert fake.launches[0]["attribute"] == 0
 
 

@@ -15,6 +15,8 @@ from specdec_kernels.compiling import BuildError
 _INVALID_CONTEXT = 201
 # The launch may begin while the kernel before it on the stream still runs (griddepcontrol in PTX).
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# Compute capability from which it can say so.
+_WAITING = (9, 0)
 # All blocks of the launch run at the same time, or none does.
 _COOPERATIVE = 2
 # The attribute of a function: the most bytes of dynamic shared memory that a launch may ask for.
@@ -70,9 +72,9 @@ class Kernel:
 
     `parameters`: what it takes, as `struct` writes it in native alignment (`P` a pointer, `q` an int64_t, `f` a float),
     which is how the driver reads them. `threads`: of a block. `early`: a launch may begin while the kernel before it
-    still runs; the kernel itself says when it needs what that one wrote. `cooperative`: all blocks run at the same
-    time; `parameters` are then those of one structure. `most_shared`: bytes of dynamic shared memory that a launch may
-    ask for.
+    still runs, from compute capability 9.0 on; the kernel itself says when it needs what that one wrote.
+    `cooperative`: all blocks run at the same time; `parameters` are then those of one structure. `most_shared`: bytes
+    of dynamic shared memory that a launch may ask for.
 
     A launch allocates nothing on the device and waits for nothing, so it can be captured into a graph.
     """
@@ -102,6 +104,7 @@ class Kernel:
         # All parameters as one piece of memory, which cooperative launches do not take.
         self._extra = (c_void_p * 5)(_PARAMETERS, at, _PARAMETER_BYTES, ctypes.addressof(self._size), _END)
         self._passed = ((c_void_p * 1)(at), None) if cooperative else (None, self._extra)
+        early = early and torch.cuda.get_device_capability(module.index) >= _WAITING
         ids = [_PROGRAMMATIC_STREAM_SERIALIZATION] * early + [_COOPERATIVE] * cooperative
         self._attributes = (_Attribute * 2)(*(_Attribute(id=id, value=(c_int * 16)(1)) for id in ids))
         self._config = _Config(

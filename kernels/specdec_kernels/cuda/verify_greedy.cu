@@ -5,10 +5,10 @@
 // best as one 64-bit word: the float's bits in sortable order above, the complement of the index below, so that the
 // largest word is the answer. The second kernel, one block a row of the batch, joins the words, finds for every node the
 // first child that carries its choice, and follows these. Either may start while the kernel ahead of it ends.
+#include "common.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#include "common.cuh"
 
 namespace {
 
