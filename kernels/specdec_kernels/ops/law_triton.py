@@ -366,7 +366,7 @@ def early(device: torch.device) -> dict[str, bool]:
     return {"early": True, "launch_pdl": True} if able else {}
 
 
-def _crowded(device: torch.device) -> dict[str, int]:
+def crowded(device: torch.device) -> dict[str, int]:
     """Options with which `_PROGRAMS` of 4 warps run at once: as many registers as a thread of a full device has."""
     return {"maxnreg": 32} if device.type == "cuda" and torch.version.cuda else {}
 
@@ -415,7 +415,7 @@ def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
         totals = torch.empty((b, n, splits), dtype=torch.float64, device=device)
         _parts[(b * n, splits)](
             maxima, totals, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
-            temperature=float(temperature), kind=kind, block=block, num_warps=4, **early(device), **_crowded(device),
+            temperature=float(temperature), kind=kind, block=block, num_warps=4, **early(device), **crowded(device),
         )  # fmt: skip
         return Limits(None, None, maxima, totals, block * tiles)
     threshold = torch.empty((b, n, 1), dtype=torch.int64, device=device)
