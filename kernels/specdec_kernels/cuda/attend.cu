@@ -145,8 +145,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
   int start = (warp * kBlocks + rank) * kSlots;
   load(start);
 
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  follow();
 
   const int64_t item = row * n;
   const bool writes = rank == 0 && tile == 0;

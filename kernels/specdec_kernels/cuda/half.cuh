@@ -11,6 +11,7 @@ namespace {
 
 __device__ __forceinline__ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float wide(__half v) { return __half2float(v); }
+__device__ __forceinline__ float wide(float v) { return v; }
 __device__ __forceinline__ void narrow(float v, __nv_bfloat16* to) { *to = __float2bfloat16(v); }
 __device__ __forceinline__ void narrow(float v, __half* to) { *to = __float2half(v); }
 __device__ __forceinline__ void narrow(float v, float* to) { *to = v; }

@@ -92,10 +92,7 @@ __device__ __forceinline__ void product(const Arguments& a) {
           w[step][side][half] = there[half] && place < a.inputs ? load_weight(line[side][half] + place) : none;
     }
     if (!waited) {
-#if __CUDA_ARCH__ >= 900
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+      follow();
       waited = true;
     }
 #pragma unroll

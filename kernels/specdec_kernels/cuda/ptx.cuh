@@ -123,6 +123,16 @@ __device__ __forceinline__ void count_up(uint32_t* counter) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" : : "l"(counter) : "memory");
 }
 
+// --- kernels that start while the one ahead of them ends (`early` of cuda/driver.py) -----------------------------------
+
+// Waits for the kernel ahead, and lets the next one come.
+__device__ __forceinline__ void follow() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- registers of a group of four warps ------------------------------------------------------------------------------
 
 #if __CUDA_ARCH__ >= 900

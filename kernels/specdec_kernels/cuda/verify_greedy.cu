@@ -5,10 +5,7 @@
 // best as one 64-bit word: the float's bits in sortable order above, the complement of the index below, so that the
 // largest word is the answer. The second kernel, one block a row of the batch, joins the words, finds for every node the
 // first child that carries its choice, and follows these. Either may start while the kernel ahead of it ends.
-#include "common.cuh"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "half.cuh"
 
 namespace {
 
@@ -16,18 +13,6 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kBlocks = 4;  // at once on a multiprocessor
 constexpr int kBatch = 8;   // vectors that a thread asks for at once
-
-__device__ float widen(float value) { return value; }
-__device__ float widen(__half value) { return __half2float(value); }
-__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-// Waits for the kernel ahead, and lets the next one come.
-__device__ void follow() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // A larger word for a larger value, with NaN as the largest and zeros alike, and among these for a lower index.
 __device__ uint64_t word_of(float value, uint32_t index) {
@@ -57,7 +42,7 @@ template <typename Pair>
 __device__ float largest_pair(const uint4& v) {
   const Pair* pairs = reinterpret_cast<const Pair*>(&v);
   const Pair both = nan_max(nan_max(pairs[0], pairs[1]), nan_max(pairs[2], pairs[3]));
-  return nan_max(widen(both.x), widen(both.y));
+  return nan_max(wide(both.x), wide(both.y));
 }
 __device__ float largest_of(const uint4& v, __half) { return largest_pair<__half2>(v); }
 __device__ float largest_of(const uint4& v, __nv_bfloat16) { return largest_pair<__nv_bfloat162>(v); }
@@ -87,14 +72,14 @@ __device__ __forceinline__ void largest(const T* __restrict__ logits, int64_t ro
     const int first = min(begin + (past ? kLanes - past : 0), end), vectors = (end - first) / kLanes;
     const int thread = static_cast<int>(threadIdx.x);
     const auto see = [&](int from, int to) {
-      if (from + thread < to) best = max(best, word_of(widen(row[from + thread]), from + thread));
+      if (from + thread < to) best = max(best, word_of(wide(row[from + thread]), from + thread));
     };
     see(begin, first);
     see(first + vectors * kLanes, end);
     if (thread < vectors) {
       // The first of the thread's vectors that holds its largest value; which of its lanes is seen in the end. Past
       // the last vector it sees that one again.
-      const uint4* wide = reinterpret_cast<const uint4*>(row + first);
+      const uint4* pieces = reinterpret_cast<const uint4*>(row + first);
       const int last = vectors - 1;
       float most = -INFINITY;
       int where = thread;
@@ -102,19 +87,19 @@ __device__ __forceinline__ void largest(const T* __restrict__ logits, int64_t ro
       for (int i = thread; i < vectors; i += kBatch * kThreads) {
         uint4 loaded[kBatch];
 #pragma unroll
-        for (int part = 0; part < kBatch; ++part) loaded[part] = __ldg(wide + min(i + part * kThreads, last));
+        for (int part = 0; part < kBatch; ++part) loaded[part] = __ldg(pieces + min(i + part * kThreads, last));
 #pragma unroll
         for (int part = 0; part < kBatch; ++part) {
           const float other = largest_of(loaded[part], T());
           if (!(other <= most) && most == most) most = other, where = min(i + part * kThreads, last);
         }
       }
-      const uint4 held = __ldg(wide + where);
+      const uint4 held = __ldg(pieces + where);
       const T* lanes = reinterpret_cast<const T*>(&held);
       int found = 0;
 #pragma unroll
       for (int lane = kLanes - 1; lane >= 0; --lane) {
-        const float value = widen(lanes[lane]);
+        const float value = wide(lanes[lane]);
         if (value == most || (value != value && most != most)) found = lane;
       }
       best = max(best, word_of(most, first + where * kLanes + found));
