@@ -12,7 +12,7 @@
 //
 // A node's result is the same bits for any n, extent and company: which warp reads a slot depends on the slot alone,
 // all is joined in a fixed order, and slots that a node does not see add exact zeros.
-#include "half.cuh"
+#include "softmax.cuh"
 
 namespace {
 
@@ -224,34 +224,13 @@ __device__ __forceinline__ void attend(const Arguments& a) {
           score = slot < window || seen(slot, side) ? score * a.scale : -INFINITY;
           raised = fmaxf(raised, score);
         }
-      raised = fmaxf(raised, __shfl_xor_sync(~0u, raised, 1));
-      raised = fmaxf(raised, __shfl_xor_sync(~0u, raised, 2));
-      // A query that has seen nothing yet: any finite reference gives it weights of exactly 0.
-      const float reference = raised == -INFINITY ? 0.0f : raised;
-      fade[side] = exp2f(highest[side] - reference);
-      weight[side] *= fade[side];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = scores[half][side * 2 + i];
-          score = exp2f(score - reference);
-          weight[side] += score;
-        }
-      highest[side] = raised;
+      fade[side] = weigh(scores, side, raised, highest[side], weight[side]);
     }
-    const uint32_t p0 = pack(scores[0][0], scores[0][1], T()), p1 = pack(scores[0][2], scores[0][3], T());
-    const uint32_t p2 = pack(scores[1][0], scores[1][1], T()), p3 = pack(scores[1][2], scores[1][3], T());
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)
 #pragma unroll
       for (int channel = 0; channel < 8; ++channel) {
-        float(&sum)[4] = mixed[half][channel];
-        sum[0] *= fade[0], sum[1] *= fade[0], sum[2] *= fade[1], sum[3] *= fade[1];
-        const uint32_t pick = channel % 2 ? 0x7632 : 0x5410;
-        const uint32_t low = __byte_perm(word(v[0][half], channel / 2), word(v[1][half], channel / 2), pick);
-        const uint32_t high = __byte_perm(word(v[2][half], channel / 2), word(v[3][half], channel / 2), pick);
-        multiply(sum, p0, p1, p2, p3, low, high, T());
+        mix<T>(mixed[half][channel], fade, scores, v[0][half], v[1][half], v[2][half], v[3][half], channel);
       }
   }
 

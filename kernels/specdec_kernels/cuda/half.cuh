@@ -36,10 +36,4 @@ __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// How much a part of a sum counts whose softmax is relative to `top`, when all are put relative to `raised`; both are
-// powers of two.
-__device__ __forceinline__ float fade_of(float top, float raised) {
-  return top == -INFINITY ? 0.0f : exp2f(top - raised);
-}
-
 }  // namespace

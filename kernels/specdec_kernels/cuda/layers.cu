@@ -20,7 +20,7 @@
 //
 // A node's results are the same bits for any number of nodes and whatever stands in the others: it is a column of its
 // own in every product, which warp reads a slot depends on the slot alone, and all is joined in a fixed order.
-#include "half.cuh"
+#include "softmax.cuh"
 
 namespace {
 
@@ -590,32 +590,11 @@ __device__ __forceinline__ void attend(const Arguments& a, const Layer& layer, i
             score = bit < 0 || (bit < 64 && (sees[side] >> bit & 1)) ? score * a.scale : -INFINITY;
             raised = fmaxf(raised, score);
           }
-        raised = fmaxf(raised, __shfl_xor_sync(~0u, raised, 1));
-        raised = fmaxf(raised, __shfl_xor_sync(~0u, raised, 2));
-        // A query that has seen nothing yet: any finite reference gives it weights of exactly 0.
-        const float reference = raised == -INFINITY ? 0.0f : raised;
-        fade[side] = exp2f(highest[side] - reference);
-        weight[side] *= fade[side];
-#pragma unroll
-        for (int eight = 0; eight < 2; ++eight)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& score = scores[eight][side * 2 + i];
-            score = exp2f(score - reference);
-            weight[side] += score;
-          }
-        highest[side] = raised;
+        fade[side] = weigh(scores, side, raised, highest[side], weight[side]);
       }
-      const uint32_t p0 = pack(scores[0][0], scores[0][1], T()), p1 = pack(scores[0][2], scores[0][3], T());
-      const uint32_t p2 = pack(scores[1][0], scores[1][1], T()), p3 = pack(scores[1][2], scores[1][3], T());
 #pragma unroll
       for (int channel = 0; channel < 8; ++channel) {
-        float (&sum)[4] = mixed[channel];
-        sum[0] *= fade[0], sum[1] *= fade[0], sum[2] *= fade[1], sum[3] *= fade[1];
-        const uint32_t pick = channel % 2 ? 0x7632 : 0x5410;
-        const uint32_t low = __byte_perm(word(v[0], channel / 2), word(v[1], channel / 2), pick);
-        const uint32_t high = __byte_perm(word(v[2], channel / 2), word(v[3], channel / 2), pick);
-        multiply(sum, p0, p1, p2, p3, low, high, T());
+        mix<T>(mixed[channel], fade, scores, v[0], v[1], v[2], v[3], channel);
       }
     }
 
