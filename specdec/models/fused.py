@@ -39,8 +39,8 @@ Attend = Callable[[int, Tensor], Tensor]
 
 
 class _Kernels(NamedTuple):
-    """The implementations that were chosen; `few` is the most rows that go through `product`, 0 for none, and `layers`
-    and `attend` are `None` where others do their work."""
+    """The implementations that were chosen; `few` is the most rows that go through `product`, 0 for none, and
+    `bind_layers` and `attend` are `None` where others do their work."""
 
     bind_layers: Callable[..., Any] | None
     product: Callable[..., Any]

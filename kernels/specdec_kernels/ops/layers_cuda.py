@@ -101,7 +101,7 @@ def bind_layers(stack: Sequence[Layer], ends: Ends, eps: float) -> Forward:
         stages, shared = _divide_shared(most, size, len(held), n, hidden_size)
         # The limit belongs to the kernel, so it is the same for all launches.
         kernel = library.load(
-            "layers", _name(kind, size), _PARAMETERS, _THREADS, device, cooperative=True, most_shared=most
+            "layers", f"layers_{kind}_{size}", _PARAMETERS, _THREADS, device, cooperative=True, most_shared=most
         )
         kernel(
             (blocks, 1),
@@ -157,10 +157,6 @@ def _most_shared(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
     most: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return most
-
-
-def _name(kind: str, size: int) -> str:
-    return f"layers_{kind}_{size}"
 
 
 def _in_order(tensor: Tensor) -> Tensor:

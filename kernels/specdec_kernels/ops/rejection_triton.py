@@ -3,9 +3,9 @@
 Nothing as large as the logits is written. A round of `verify_lossless` is four launches: the parts of every node's
 law (`law_triton.limits`); the walk, one program a row, which needs p and q at the drafted tokens only, unless a
 sampled sibling is rejected and another follows, when it runs over that one row of p and q for the mass they leave; the
-remaining weights of the one node that each row ended at, in parts, where a rejection changed them; and the draw. A
-launch starts while the one ahead of it ends, where the GPU can. `verify_block` needs the mass of
-every position, so it reads all of p and q twice, in six launches.
+remaining weights of the one node that each row ended at, in parts, where a rejection changed them; and the draw. Each
+starts while the one ahead of it ends, where the GPU can. `verify_block` needs the mass of every position, so it reads
+all of p and q twice, in six launches.
 
 Numbers: as in `law_triton`, with scalars (masses, ratios, what a coin is compared with) in float64. A decision differs
 from the definition's only where its coin lies within a few 2^-23 (float64 logits: 2^-48), relatively, of the value it
