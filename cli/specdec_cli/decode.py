@@ -244,6 +244,9 @@ def _run(request: Request, loaded: "Loaded", jobs: list["Job"], monitor: "Monito
         monitor.end_text()
     if recorder is not None:
         _write_trace(recorder, request.options["trace"])
+    graphs = loaded.model.about.get("graph")
+    if graphs is not None and graphs.reason is not None:
+        click.echo(f"Note: decoded without graphs: {graphs.reason}", err=True)
     report = _report(request, loaded, jobs, last, "".join(parts))
     if request.options["as_json"]:
         click.echo(json.dumps(report))

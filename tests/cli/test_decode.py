@@ -135,6 +135,12 @@ def test_seed_decides_what_is_sampled() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_graphs_that_cannot_be_had_are_said() -> None:
+    said = "Note: decoded without graphs: CUDA graphs run on NVIDIA GPUs, not on cpu"
+    assert said in invoke("--cuda-graph").stderr
+    assert said not in invoke().stderr
+
+
 def test_k_is_the_depth_that_is_drafted() -> None:
     for k in (1, 3, 6):
         metrics = report("--drafter", "model:agreement=1", "--k", str(k))["metrics"]
