@@ -28,6 +28,8 @@ def _depths(value: Any) -> Any:
         for part in item.split(",") if isinstance(item, str) else [item]:
             first, dash, last = part.partition("-") if isinstance(part, str) else ("", "", "")
             if dash and first.strip().isdigit() and last.strip().isdigit():
+                if int(first) > int(last):
+                    raise ValueError(f"the range {part.strip()} is empty; write the smaller depth first")
                 parts.extend(range(int(first), int(last) + 1))
             else:
                 parts.append(part)

@@ -57,6 +57,8 @@ def test_depths_can_be_spelled_as_ranges() -> None:
     assert parse_config({"k": "1,2, 8"}).k == (1, 2, 8)
     assert parse_config({"k": ["1-2", "5"]}).k == (1, 2, 5)
     assert parse_config({"k": 4}).k == (4,)
+    with pytest.raises(ValueError, match="the range 4-1 is empty; write the smaller depth first"):
+        parse_config({"k": "2,4-1"})
 
 
 def test_prompts_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
