@@ -153,6 +153,9 @@ def test_a_torn_file_is_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no whole trace") as refused:
             read_trace(torn)
         assert "\n" not in str(refused.value)
+    torn.write_text("# Not a trace")
+    with pytest.raises(ValueError, match=r"no whole trace \(it is no archive of tables\); record it again"):
+        read_trace(torn)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     torn.write_bytes(flipped)

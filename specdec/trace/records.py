@@ -147,7 +147,12 @@ def write_trace(trace: Trace, file: Path) -> Path:
 def read_trace(file: Path) -> Trace:
     """The trace in `file`; raises `ValueError` in one line for a file that is torn, damaged or of another kind."""
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+        held = io.BytesIO(file.read_bytes())
+        if not zipfile.is_zipfile(held):
+            # numpy would take it for something pickled, and say how to load that all the same.
+            raise ValueError("it is no archive of tables")
+        held.seek(0)
+        with np.load(held, allow_pickle=False) as stored:
             header = json.loads(bytes(stored["header"]))
             prompt, rounds, nodes, emitted = (stored[name] for name in ("prompt", "rounds", "nodes", "emitted"))
     except OSError as error:
