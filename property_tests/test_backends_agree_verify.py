@@ -4,7 +4,7 @@ Integers must be equal. Only where a coin lies within `EDGE` of what it is compa
 the definition's own must change when that coin (or top-p) is moved by as much.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from unittest import mock
 
@@ -182,31 +182,41 @@ def test_greedy_follows_the_first_largest(name, case, broken, data):
         assert made.accept_prob[row].tolist() == [float(i in path) for i in range(len(choices))]
 
 
-def weighing(name, again):
+@contextmanager
+def sharing(name, again, narrow):
     """In Triton, rows without a rejection draw from what the parts of their law weigh, or have them weighed `again`, as
-    many long rows do."""
-    if name != "triton" or not again:
-        return nullcontext()
-    return mock.patch.object(import_module("specdec_kernels.ops.rejection_triton"), "_MOST_DRAWN", 0)
+    many long rows do; and programs share a row as they do by default, or few of them many `narrow` parts."""
+    if name != "triton":
+        yield
+        return
+    module = import_module("specdec_kernels.ops.rejection_triton")
+    with ExitStack() as changed:
+        if again:
+            changed.enter_context(mock.patch.object(module, "_MOST_DRAWN", 0))
+        if narrow:
+            changed.enter_context(mock.patch.object(module, "_WIDEST", 128))
+            programs = 6 if DEVICE.type == "cuda" else 1
+            changed.enter_context(mock.patch.object(module.law, "together", return_value=programs))
+        yield
 
 
 @pytest.mark.parametrize("name", runnable("verify_lossless"))
 @few
-@given(case=rounds(), warp=WARPS, replacement=st.booleans(), again=st.booleans())
-def test_lossless_agrees(name, case, warp, replacement, again):
+@given(case=rounds(), warp=WARPS, replacement=st.booleans(), again=st.booleans(), narrow=st.booleans())
+def test_lossless_agrees(name, case, warp, replacement, again, narrow):
     case, _ = case
-    with poisoned(), weighing(name, again):
+    with poisoned(), sharing(name, again, narrow):
         made = function("verify_lossless", name, case["logits"].dtype)(**case, replacement=replacement, **warp)
     assert_agrees(made, verify.verify_lossless, {**case, "replacement": replacement, **warp})
 
 
 @pytest.mark.parametrize("name", runnable("verify_block"))
 @fewer
-@given(case=rounds(chain=True), warp=WARPS, again=st.booleans())
-def test_block_agrees(name, case, warp, again):
+@given(case=rounds(chain=True), warp=WARPS, again=st.booleans(), narrow=st.booleans())
+def test_block_agrees(name, case, warp, again, narrow):
     case, _ = case
     case = {key: value for key, value in case.items() if key != "parents"}
-    with poisoned(), weighing(name, again):
+    with poisoned(), sharing(name, again, narrow):
         made = function("verify_block", name, case["logits"].dtype)(**case, **warp)
     assert_agrees(made, verify.verify_block, {**case, **warp})
 

@@ -122,8 +122,8 @@ def test_memory_is_told_from_where_its_peaks_began():
     # 256 MiB were written.
     assert held >= before + 200 > 200
     del kept
-    # Linux adds up counts of every core now and then, so sizes are off by a few pages.
-    assert memory("cpu")["rss_peak"] >= held - 1
+    # Linux adds up the counts of every core now and then, so sizes are off by tens of pages for each of them.
+    assert memory("cpu")["rss_peak"] >= held - 20
     reset_peaks("cpu")
     if sys.platform == "linux":
         assert memory("cpu")["rss_peak"] < held - 200

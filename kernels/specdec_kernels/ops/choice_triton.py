@@ -101,7 +101,7 @@ def _sampled(
     choice, logits, stride_b, stride_n, n, v, parts, tiles, accept, accept_b, accept_n, seed, seed_b, round, round_b,
     maxima, totals, threshold, cut,
     made: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr,
-    kind: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    kind: tl.constexpr, width: tl.constexpr, block: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
     """Invert the distribution function of one node's law: find the part, then the token in it."""
     line = tl.program_id(0).to(tl.int64)
@@ -118,12 +118,13 @@ def _sampled(
     last = tl.program_id(0) * 0
     tile = tl.program_id(0) * 0
     while tile < tiles:
-        token = (part * tiles + tile) * block + tl.arange(0, block)
+        start = (part * tiles + tile) * block
+        token = start + tl.arange(0, block)
         mask = token < v
         weight = law.weights(
             here, token, mask, top, threshold + line, cut + line, temperature, filtered, kind
         )  # fmt: skip
-        found, last_here, base = law.token_of(weight.to(tl.float64), token, base, goal)
+        found, last_here, base = law.token_of(weight.to(tl.float64), start, base, goal, block, even)
         last = tl.maximum(last, last_here)
         tile = tl.where(found < BEYOND, tiles, tile + 1)
     tl.store(choice + line, tl.where(found < BEYOND, found, last))
@@ -245,7 +246,7 @@ def verify_match(
         choice, logits, *logits.stride()[:2], n, v, found.parts, triton.cdiv(found.size, block),
         *coins.accept, *coins.source, *found.pointers(),
         made=coins.made, temperature=float(temperature) or 1.0, filtered=found.threshold is not None,
-        kind=kind, width=found.width, block=block, num_warps=4,
+        kind=kind, width=found.width, block=block, even=v % 16 == 0, num_warps=4,
     )  # fmt: skip
     return walk(choice, choice, tokens, parents, valid, chain)
 

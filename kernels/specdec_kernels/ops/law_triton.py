@@ -27,6 +27,8 @@ _MAX_SPLITS = 64
 # A lane of a part adds up so many weights in the type of the weights, which keeps the sum within 16 units of its last
 # place; lanes and parts are then added in float64.
 _MOST_TILES = 16
+# Slots that a line may have for kernels behind.
+MOST_SLOTS = tl.constexpr(64)
 
 
 class Limits(NamedTuple):
@@ -111,10 +113,19 @@ def finite(maximum):
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
-@triton.jit(do_not_specialize=["n", "splits", "tiles"])
+@triton.jit
+@no_type_check
+def clear(blank, slots, line, there):
+    """Fill a line's slots with -1."""
+    if there:
+        slot = tl.arange(0, MOST_SLOTS)
+        tl.store(blank + line * slots + slot, -1, mask=slot < slots)
+
+
+@triton.jit(do_not_specialize=["slots", "n", "splits", "tiles"])
 @no_type_check
 def _parts(
-    maxima, totals, logits, stride_b, stride_n, n, v, splits, tiles,
+    maxima, totals, blank, slots, logits, stride_b, stride_n, n, v, splits, tiles,
     temperature: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """Maximum and sum of weights of one of `splits` parts of a row.
@@ -127,6 +138,8 @@ def _parts(
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     here = logits + (line // n) * stride_b + (line % n) * stride_n
     lanes = tl.arange(0, block)
+    if blank is not None:
+        clear(blank, slots, line, part == 0)
     # The least finite number, so that no difference is one of infinities.
     if kind == tl.float64:
         top = tl.full([block], -1.7976931348623157e308, kind)
@@ -150,15 +163,26 @@ def _parts(
 
 @triton.jit
 @no_type_check
-def weights(
-    here, token, mask, top, threshold, cut, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr
+def weighed(
+    value, token, mask, top, threshold, cut, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr
 ):  # fmt: skip
-    """What some tokens of one row weigh: p, up to the sum of weights. `threshold`, `cut`: where the row's are."""
-    value = scaled(tl.load(here + token, mask=mask, other=float("-inf")).to(kind), temperature, filtered)
+    """What some tokens of one row with these logits weigh: p, up to the sum of weights. `threshold`, `cut`: where the
+    row's are."""
+    value = scaled(value.to(kind), temperature, filtered)
     weight = tl.exp(value - finite(top))
     if filtered:
         weight = tl.where(keeps(value, token, tl.load(threshold), tl.load(cut)), weight, 0.0)
     return tl.where(mask, weight, 0.0)
+
+
+@triton.jit
+@no_type_check
+def weights(
+    here, token, mask, top, threshold, cut, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr
+):  # fmt: skip
+    """`weighed`, with the row's logits where `here` points."""
+    value = tl.load(here + token, mask=mask, other=float("-inf"))
+    return weighed(value, token, mask, top, threshold, cut, temperature, filtered, kind)
 
 
 @triton.jit
@@ -220,18 +244,38 @@ def part_of(sums, which, parts, goal):
 
 @triton.jit
 @no_type_check
-def token_of(weight, token, base, goal):
-    """The first of some tokens (ascending) at which the weights above `base` reach beyond `goal`, or 0x7FFFFFFF; the
-    last one of positive weight, or 0; and the weights with them."""
-    beyond = (base + tl.cumsum(weight, 0) > goal) & (weight > 0)
-    found = tl.min(tl.where(beyond, token, 0x7FFFFFFF), 0)
-    return found, tl.max(tl.where(weight > 0, token, 0), 0), base + tl.sum(weight, 0)
+def token_of(weight, start, base, goal, block: tl.constexpr, even: tl.constexpr):
+    """Of the `block` tokens from `start` on: the first at which their weights, above `base`, reach beyond `goal`, or
+    0x7FFFFFFF; if so, the last one of positive weight, or 0, and `base` with all of them.
+
+    `even`: a thread has neighbouring tokens, because rows are aligned. Where it has not, adding up all in order costs
+    more than finding the sum of 32 first, and then the token in that.
+    """
+    if even:
+        beyond = (base + tl.cumsum(weight, 0) > goal) & (weight > 0)
+        found = tl.min(tl.where(beyond, start + tl.arange(0, block), 0x7FFFFFFF), 0)
+    else:
+        lines = tl.reshape(weight, [block // 32, 32])
+        sums = tl.sum(lines, 1)
+        which, lane = tl.arange(0, block // 32), tl.arange(0, 32)
+        line = tl.min(tl.where((base + tl.cumsum(sums, 0) > goal) & (sums > 0), which, 0x7FFFFFFF), 0)
+        inside = tl.sum(tl.where(which[:, None] == line, lines, 0.0), 0)
+        before = base + tl.sum(tl.where(which < line, sums, 0.0), 0)
+        beyond = tl.min(tl.where((before + tl.cumsum(inside, 0) > goal) & (inside > 0), lane, 32), 0)
+        # Rounding may reach beyond in the one sum and not in the other.
+        beyond = tl.minimum(beyond, tl.max(tl.where(inside > 0, lane, 0), 0))
+        found = tl.where(line < 0x7FFFFFFF, start + line * 32 + beyond, 0x7FFFFFFF)
+    last = found * 0
+    if found == 0x7FFFFFFF:
+        last = tl.max(tl.where(weight > 0, start + tl.arange(0, block), 0), 0)
+        base += tl.sum(weight, 0)
+    return found, last, base
 
 
-@triton.jit(do_not_specialize=["n", "top_k"])
+@triton.jit(do_not_specialize=["slots", "n", "top_k"])
 @no_type_check
 def _limits(
-    threshold, cut, maxima, totals, logits, stride_b, stride_n, n, v, top_k,
+    threshold, cut, maxima, totals, blank, slots, logits, stride_b, stride_n, n, v, top_k,
     temperature: tl.constexpr, top_p: tl.constexpr, min_p: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One row's law, one program: a few passes over logits that stay in the cache."""
@@ -239,6 +283,8 @@ def _limits(
     here = logits + (line // n) * stride_b + (line % n) * stride_n
     lanes = tl.arange(0, block)
     tried = tl.arange(0, _TRIED)
+    if blank is not None:
+        clear(blank, slots, line, line >= 0)
 
     top = tl.full([], float("-inf"), kind)
     low = tl.full([], float("inf"), kind)
@@ -359,16 +405,26 @@ def _apply(
     tl.store(out + line * v + token, law, mask=token < v)
 
 
+def _nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
 @cache
 def early(device: torch.device) -> dict[str, bool]:
     """Options of a launch of a kernel that takes `early`: where the GPU can, it starts while the one ahead ends."""
-    able = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = _nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"early": True, "launch_pdl": True} if able else {}
+
+
+@cache
+def together(device: torch.device) -> int:
+    """Programs of up to 16 warps that run at the same time, so that they may wait for each other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if _nvidia(device) else 1
 
 
 def crowded(device: torch.device) -> dict[str, int]:
     """Options with which `_PROGRAMS` of 4 warps run at once: as many registers as a thread of a full device has."""
-    return {"maxnreg": 32} if device.type == "cuda" and torch.version.cuda else {}
+    return {"maxnreg": 32} if _nvidia(device) else {}
 
 
 def tile(v: int, widest: int) -> int:
@@ -398,23 +454,31 @@ def filters(logits: Tensor, top_k: int, top_p: float, min_p: float) -> bool:
     return 0 < top_k < logits.shape[-1] or top_p < 1 or min_p > 0
 
 
-def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Limits:
+def limits(
+    logits: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    blank: Tensor | None = None,
+) -> Limits:
     """The law of every row of `logits [b n v]` (last axis dense): threshold, cut, maximum and total weight `[b n 1]`.
 
-    With nothing filtered there is no threshold, and maximum and total come in parts `[b n splits]`.
+    With nothing filtered there is no threshold, and maximum and total come in parts `[b n splits]`. `blank
+    [b n slots]`: up to `MOST_SLOTS` integers a line that the same launch sets to -1, for kernels behind it.
     """
     b, n, v = logits.shape
     if temperature == 0:
         # The first largest logit is the one token that the least mass needs.
         temperature, top_k, top_p, min_p = 1.0, 0, 1e-30, 0.0
     kind, dtype = compute_kind(logits.dtype)
-    device = logits.device
+    device, slots = logits.device, 0 if blank is None else blank.shape[-1]
     if not filters(logits, top_k, top_p, min_p):
         block, splits, tiles = partition(b * n, v, widest=1024, most=_MOST_TILES)
         maxima = torch.empty((b, n, splits), dtype=dtype, device=device)
         totals = torch.empty((b, n, splits), dtype=torch.float64, device=device)
         _parts[(b * n, splits)](
-            maxima, totals, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
+            maxima, totals, blank, slots, logits, logits.stride(0), logits.stride(1), n, v, splits, tiles,
             temperature=float(temperature), kind=kind, block=block, num_warps=4, **early(device), **crowded(device),
         )  # fmt: skip
         return Limits(None, None, maxima, totals, block * tiles)
@@ -423,7 +487,7 @@ def limits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
     maxima = torch.empty((b, n, 1), dtype=dtype, device=device)
     totals = torch.empty((b, n, 1), dtype=torch.float64, device=device)
     _limits[(b * n,)](
-        threshold, cut, maxima, totals, logits, logits.stride(0), logits.stride(1), n, v,
+        threshold, cut, maxima, totals, blank, slots, logits, logits.stride(0), logits.stride(1), n, v,
         top_k if top_k < v else 0,
         temperature=float(temperature), top_p=float(top_p), min_p=float(min_p), kind=kind,
         block=tile(v, widest=1024), num_warps=8,
