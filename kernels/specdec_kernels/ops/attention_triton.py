@@ -25,8 +25,10 @@ _MAX_HEAD_SIZE = 128
 _FEW = 8
 # Nodes past which the cache is not split: a prompt has parallelism enough.
 _MOST_SPLIT_NODES = 64
-# Pairs of rows and key heads from which on they fill the device.
+# Pairs of rows and key heads from which on long splits do.
 _MANY_PAIRS = 64
+# Programs that keep a large device busy.
+_PROGRAMS = 128
 _COMBINED = 16
 
 
@@ -62,12 +64,15 @@ def tree_attention(
         return out
     extent = min(keys.shape[1], extent or keys.shape[1])
     group = heads // kv_heads
-    split = extent if n > _MOST_SPLIT_NODES else choose_split(n, rows * kv_heads)
-    splits = triton.cdiv(extent, split)
-    block_m = max(16, min(64, triton.next_power_of_2(group * max(n, _FEW))))
-    tiles = triton.cdiv(n * group, block_m)
     padded = max(16, triton.next_power_of_2(size))
     narrow = query.element_size() == 2
+    block_m = max(16, min(64, triton.next_power_of_2(group * max(n, _FEW))))
+    if n > _FEW and narrow and stages(query.device, 3) == 3 and rows * kv_heads * n * group >= 128 * _PROGRAMS:
+        # Half as many reads of keys and values from the L2 cache.
+        block_m = 128
+    tiles = triton.cdiv(n * group, block_m)
+    split = choose_split(n, rows * kv_heads, tiles, extent)
+    splits = triton.cdiv(extent, split)
     masks = (0, 0) if ancestors is None else ancestors.stride()
     partial, stats = out, out
     if splits > 1:
@@ -80,7 +85,7 @@ def tree_attention(
         *query.stride()[:3], *keys.stride()[:3], length.stride(0), *masks,
         GROUP=group, SIZE=size, PADDED=padded, BLOCK_M=block_m, BLOCK_N=64 if narrow else 32,
         TREE=ancestors is not None, WHOLE=splits == 1, WIDE=query.device.type == "cpu",
-        num_warps=4, num_stages=stages(query.device, 3) if narrow else 2,
+        num_warps=8 if block_m > 64 else 4, num_stages=stages(query.device, 3) if narrow else 2,
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * n * heads,)](
@@ -90,16 +95,19 @@ def tree_attention(
     return out
 
 
-def choose_split(n: int, pairs: int) -> int:
-    """Slots that one program reads, for `n` nodes and so many pairs of rows and key heads.
+def choose_split(n: int, pairs: int, tiles: int, extent: int) -> int:
+    """Slots that one program reads, for `n` nodes in so many tiles, pairs of rows and key heads, and slots in all.
 
-    Few for few nodes: 128 slots are 64 KiB of a 16-bit cache with heads of 128. A split leaves a partial result of each
-    node, so more nodes have fewer splits, and so have pairs that fill the device by themselves.
+    A split leaves a partial result of each node, so there are no more than keep the device busy, and in long caches
+    some more for what is left at the end. Up to `_FEW` nodes it is a fixed number of slots: 128 are 64 KiB of a 16-bit
+    cache with heads of 128.
     """
-    many = pairs >= _MANY_PAIRS
-    if n <= 2 * _FEW:
-        return 1024 if many else 128
-    return 4096 if many else 1024
+    if n > _MOST_SPLIT_NODES:
+        return extent
+    if n <= _FEW:
+        return 128 if pairs < _MANY_PAIRS else 1024 if pairs < _PROGRAMS else 8192
+    splits = max(-(-_PROGRAMS // (pairs * tiles)), extent // 4096)
+    return max(-(-extent // (64 * splits)) * 64, 128 if n <= 2 * _FEW else 16 * n)
 
 
 # Not specialized by what varies from call to call: one binary for every n and extent.

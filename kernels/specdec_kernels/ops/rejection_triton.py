@@ -116,14 +116,15 @@ def exchanged(first, second, slots, row, meeting, n, program, programs):
 
 @triton.jit
 @no_type_check
-def read(here, law_row, part, v, wanted, drafts: tl.constexpr, block: tl.constexpr):
-    """Logits of a part's tokens, and their draft law if it is wanted."""
+def read(here, law_row, part, end, v, wanted, drafts: tl.constexpr, block: tl.constexpr):
+    """Logits of the tokens of a part before `end`, and their draft law if it is wanted."""
     # Masked by what the compiler knows to be aligned, so that a thread's tokens are read together.
     token = part * block + tl.arange(0, block)
-    value = tl.load(here + token, mask=token < v, other=float("-inf"))
+    there = (token < v) & (part < end)
+    value = tl.load(here + token, mask=there, other=float("-inf"))
     tile = tl.zeros([block], tl.float32)
     if drafts:
-        tile = tl.load(law_row + token, mask=(token < v) & wanted, other=0.0)
+        tile = tl.load(law_row + token, mask=there & wanted, other=0.0)
     return value, tile
 
 
@@ -132,25 +133,31 @@ def read(here, law_row, part, v, wanted, drafts: tl.constexpr, block: tl.constex
 def masses_left(
     here, law_row, top, total, threshold, cut, rejections, count, part, end, v,
     replacement: tl.constexpr, temperature: tl.constexpr, filtered: tl.constexpr, kind: tl.constexpr,
-    block: tl.constexpr,
+    block: tl.constexpr, several: tl.constexpr,
 ):  # fmt: skip
-    """What `count` rejected siblings leave of the law and of the draft law over the parts up to `end`."""
+    """What `count` rejected siblings leave of the law and of the draft law over the parts up to `end`.
+
+    `several`: whether there may be more than one.
+    """
     # What was written down about rejections is there for all threads.
     tl.debug_barrier()
     rests, draft_rests = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
-    value, tile = read(here, law_row, part, v, True, True, block)
+    if not several:
+        # What it is anyway, so that the compiler sees that it need not loop.
+        end = part + 1
+    value, tile = read(here, law_row, part, end, v, True, True, block)
     while part < end:
         # Asked for before what is there is used.
-        next_value, next_tile = value, tile
-        if part + 1 < end:
-            next_value, next_tile = read(here, law_row, part + 1, v, True, True, block)
+        if several:
+            next_value, next_tile = read(here, law_row, part + 1, end, v, True, True, block)
         token = part * block + tl.arange(0, block)
         weight = law.weighed(value, token, token < v, top, threshold, cut, temperature, filtered, kind)
         weight *= (1.0 / total).to(kind)
         _, rest, gone = remaining(weight, tile.to(kind), token, rejections, count, replacement)
         rests += rest.to(tl.float64)
         draft_rests += tl.where(gone, 0.0, tile).to(tl.float64)
-        value, tile = next_value, next_tile
+        if several:
+            value, tile = next_value, next_tile
         part += 1
     return tl.sum(rests, 0), tl.sum(draft_rests, 0)
 
@@ -201,12 +208,14 @@ def draw(
         before_sums, after_sums = sums + row * parts * 2, sums + row * parts * 2 + parts
         first = program * each
         end = tl.minimum(first + each, parts)
+        if sums_width == 1:
+            # As in `masses_left`.
+            end = first + 1
         before_all, after_all = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-        value, tile = read(here, law_row, first, v, count > 0, drafts, block)
+        value, tile = read(here, law_row, first, end, v, count > 0, drafts, block)
         for part in range(first, end):
-            next_value, next_tile = value, tile
-            if part + 1 < end:
-                next_value, next_tile = read(here, law_row, part + 1, v, count > 0, drafts, block)
+            if sums_width > 1:
+                next_value, next_tile = read(here, law_row, part + 1, end, v, count > 0, drafts, block)
             token = part * block + tl.arange(0, block)
             before, after = last_weights(
                 value, tile, token, token < v, line, scale, rejections, count, top, total, threshold, cut,
@@ -217,7 +226,8 @@ def draw(
             tl.store(after_sums + part, after_sum)
             before_all += before_sum
             after_all += after_sum
-            value, tile = next_value, next_tile
+            if sums_width > 1:
+                value, tile = next_value, next_tile
         befores, afters = exchanged(before_all, after_all, slots, row, meeting, n, program, programs)
         # Where the last rejection leaves nothing it was a matter of rounding, and the law before it is used.
         fallback = (tl.sum(afters, 0) > 0).to(tl.int32) == 0
@@ -321,9 +331,10 @@ def _settle_tree(
     steps = tl.full([nodes], -1, tl.int32)
     child = tl.min(tl.where(parent == node, index, n), 0)
     while child < n:
-        current = index == child
-        probability = tl.where(current, ratio, probability)
-        if pick(taken, index, child) > 0:
+        probability = tl.where(index == child, ratio, probability)
+        # All that is asked about the child at once.
+        said = pick(4 * drafted + 2 * drawn + taken, index, child)
+        if (said & 1) > 0:
             steps = tl.where(index == depth, child, steps)
             depth += 1
             node = child
@@ -331,8 +342,7 @@ def _settle_tree(
             draft_mass = tl.full([], 1.0, tl.float64)
             child = tl.min(tl.where(parent == node, index, n), 0)
         else:
-            token = pick(drafted, index, child)
-            from_law = pick(drawn, index, child) > 0
+            token, from_law = said >> 2, (said & 2) > 0
             reject(rejections, count, token, from_law, draft_mass)
             count += 1
             siblings = (parent == node) & (index > child)
@@ -340,12 +350,13 @@ def _settle_tree(
             if later < n:
                 # A following sibling needs to know what this rejection leaves.
                 same = drafted == token
-                mass = 1.0 - pick(p, index, child)
+                mass = tl.full([], 0.0, tl.float64)
                 minus = tl.where(same, 1.0, 0.0).to(tl.float64)
                 if drafts:
                     minus = tl.where(from_law, left, minus)
                     struck = tl.where(siblings & from_law & same, 1, struck)
-                    if from_law:
+                if from_law:
+                    if drafts:
                         this = row * n + node
                         row_top, row_total = law.joined_row(maxima, totals, this, splits, width)
                         here = logits + row * stride_b + node.to(tl.int64) * stride_n
@@ -353,11 +364,13 @@ def _settle_tree(
                         mass, draft_mass = masses_left(
                             here, law_row, row_top, row_total, threshold + this, cut + this, rejections, count,
                             program * each, tl.minimum(program * each + each, parts), v, replacement, temperature,
-                            filtered, kind, block,
+                            filtered, kind, block, sums_width > 1,
                         )  # fmt: skip
                         firsts, seconds = exchanged(mass, draft_mass, slots, row, meeting, n, program, programs)
                         mass, draft_mass = tl.sum(firsts, 0), tl.sum(seconds, 0)
                         meeting += 1
+                else:
+                    mass = 1.0 - pick(p, index, child)
                 mass = tl.maximum(mass, 0.0)
                 # As an integer: a scalar truth about floats cannot be combined with vectors under the interpreter.
                 divides = tl.where(mass > 0, 1, 0) > 0
