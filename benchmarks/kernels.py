@@ -7,7 +7,7 @@ first, so a run that `--seconds` cuts short still has all operations; what was m
 
 Times are microseconds, medians of single calls between two CUDA events, over copies of the arguments that together
 exceed the L2 cache twice where memory allows. `us` is called eagerly, so it contains what the host needs to launch;
-`graph_us` is one call within a replayed CUDA graph of all copies, what remains once launches cost nothing.
+`graph_us` is one call within a replayed CUDA graph of all copies, in turn, what remains once launches cost nothing.
 `floor_us` is the time in which the bytes that must move (every input that decides the result read once, every output
 written once) are moved at the bandwidth that a plain device copy reaches in the same run. A kernel that may stop early,
 such as a rejection, can be below it. `differ` is the largest absolute difference to the definition on the same input,
@@ -26,7 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product, zip_longest
+from itertools import cycle, islice, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ WARPED = {"temperature": 0.8}
 # Most bytes of arguments in one case: definitions need several times as much beside them.
 LARGEST = {"cuda": 2.2e9, "cpu": 7e7, "mps": 2e8}
 COPIES = 64
+# Calls of a graph, at least: the gap between two replays is shared by them.
+GRAPHED = 16
 
 Row = dict[str, Any]
 
@@ -439,7 +441,10 @@ def clocked(function: Callable[..., Any], call: Call, device: torch.device) -> f
 
 
 def time_graph(function: Callable[..., Any], calls: Sequence[Call], device: torch.device, most: float) -> float:
-    """Microseconds of one call within a replayed graph of all calls, after `time_eager` has warmed it up."""
+    """Microseconds of one call within a replayed graph of all calls, after `time_eager` has warmed it up.
+
+    Another replay goes ahead of each that is timed, which the host launches meanwhile.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -450,6 +455,7 @@ def time_graph(function: Callable[..., Any], calls: Sequence[Call], device: torc
     begin = time.perf_counter()
     while len(times) < 5 or (len(times) < 50 and time.perf_counter() - begin < most):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
         start.record()
         graph.replay()
         end.record()
@@ -568,7 +574,9 @@ def measure(
             row |= {"low_us": times[len(times) // 10], "high_us": times[-1 - len(times) // 10]}
             if device.type == "cuda":
                 # Definitions launch up to thousands of kernels a call, and capturing one costs what calling it does.
-                row["graph_us"] = time_graph(function, prepared[: max(2, int(5e5 / row["us"]))], device, most)
+                count = max(2, min(int(5e5 / row["us"]), max(GRAPHED, len(prepared))))
+                graphed = list(islice(cycle(prepared), count))
+                row["graph_us"] = time_graph(function, graphed, device, most)
         except Exception as error:  # a table with a gap and its reason is worth more than no table
             row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             settle(device)

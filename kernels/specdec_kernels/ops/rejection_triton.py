@@ -586,8 +586,7 @@ def verify_block(
     ratios = torch.empty((b, n), dtype=torch.float64, device=device)
     _ratios[(b,)](
         ratios, logits, *logits.stride()[:2], tokens, valid, sampled, draft, *draft.stride()[:2],
-        *found.pointers(), n, splits, tiny, **laws, nodes=nodes,
-        num_warps=1 if nodes * found.width <= 512 else 4,
+        *found.pointers(), n, splits, tiny, **laws, nodes=nodes, num_warps=8,
     )  # fmt: skip
     block, parts, tiles = law.partition(b * n, v, widest=1024)
     excesses = torch.empty((b, n, parts), dtype=torch.float64, device=device)
