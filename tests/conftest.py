@@ -1,5 +1,6 @@
 """What several test files need: the built-in model, and model folders small enough to make in a moment."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from tokenizers.models import BPE
 from specdec.models.loading import Loaded, load
 from specdec.models.report import ModelError
 from specdec.models.store import pull
+
+# A shell that puts a run behind it lets it ignore interrupts, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

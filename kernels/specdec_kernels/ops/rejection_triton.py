@@ -44,6 +44,20 @@ def pick(vector, index, which):
 
 @triton.jit
 @no_type_check
+def probability(
+    value, token, line, there, maxima, totals, threshold, cut, splits, filtered: tl.constexpr, width: tl.constexpr
+):  # fmt: skip
+    """What tokens with these scaled logits have under the laws of their lines."""
+    top, total = law.joined(maxima, totals, line, there, splits, width)
+    p = tl.exp(value - law.finite(top)).to(tl.float64) / total
+    if filtered:
+        limit, last_kept = tl.load(threshold + line, mask=there, other=0), tl.load(cut + line, mask=there, other=0)
+        p = tl.where(law.keeps(value, token, limit, last_kept), p, 0.0)
+    return p
+
+
+@triton.jit
+@no_type_check
 def reject(rejections, count, token, from_law, draft_mass):
     """Write down the rejection of a sibling, as `remaining` reads it; what it leaves is written when it is known."""
     here = rejections + 4 * count
@@ -309,12 +323,7 @@ def _settle_tree(
         q = tl.load(place, mask=alive, other=0.0).to(kind).to(tl.float64)
     # The laws come from the kernel ahead; all else was there before that one began.
     law.follow(early)
-    top, total = law.joined(maxima, totals, row * n + above, alive, splits, width)
-    p = tl.exp(value - law.finite(top)).to(tl.float64) / total
-    if filtered:
-        line = row * n + above
-        limit, last_kept = tl.load(threshold + line, mask=alive, other=0), tl.load(cut + line, mask=alive, other=0)
-        p = tl.where(law.keeps(value, drafted, limit, last_kept), p, 0.0)
+    p = probability(value, drafted, row * n + above, alive, maxima, totals, threshold, cut, splits, filtered, width)
 
     # What decides about each node if it is the next: as its parent's first child, until a sibling is rejected.
     left = q
@@ -327,11 +336,11 @@ def _settle_tree(
     draft_mass = tl.full([], 1.0, tl.float64)
     struck = tl.zeros([nodes], tl.int32)
     rejections += (row * programs + program) * n * 4
-    probability = tl.zeros([nodes], tl.float64)
+    looked = tl.zeros([nodes], tl.float64)
     steps = tl.full([nodes], -1, tl.int32)
     child = tl.min(tl.where(parent == node, index, n), 0)
     while child < n:
-        probability = tl.where(index == child, ratio, probability)
+        looked = tl.where(index == child, ratio, looked)
         # All that is asked about the child at once.
         said = pick(4 * drafted + 2 * drawn + taken, index, child)
         if (said & 1) > 0:
@@ -388,7 +397,7 @@ def _settle_tree(
     if program == 0:
         tl.store(path + own, steps.to(tl.int64), mask=exists)
         tl.store(accepted + row, depth.to(tl.int64))
-        tl.store(accept_prob + own, probability.to(kind), mask=exists)
+        tl.store(accept_prob + own, looked.to(kind), mask=exists)
     draw(
         next_token, given, given_b, given_n, seed, seed_b, round, round_b,
         sums, slots, meeting, program, programs,
@@ -414,14 +423,9 @@ def _ratios(
     own = row * n + index
     above = tl.where(alive, index - 1, 0)
     drafted = tl.load(tokens + own, mask=exists, other=0).to(tl.int32)
-    top, total = law.joined(maxima, totals, row * n + above, alive, splits, width)
     place = logits + row * stride_b + above.to(tl.int64) * stride_n + drafted
     value = law.scaled(tl.load(place, mask=alive, other=0.0).to(kind), temperature, filtered)
-    p = tl.exp(value - law.finite(top)).to(tl.float64) / total
-    if filtered:
-        line = row * n + above
-        limit, last_kept = tl.load(threshold + line, mask=alive, other=0), tl.load(cut + line, mask=alive, other=0)
-        p = tl.where(law.keeps(value, drafted, limit, last_kept), p, 0.0)
+    p = probability(value, drafted, row * n + above, alive, maxima, totals, threshold, cut, splits, filtered, width)
     step = p
     if drafts:
         drawn = alive & (tl.load(sampled + own, mask=exists, other=0) != 0)
