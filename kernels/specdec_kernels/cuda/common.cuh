@@ -12,6 +12,7 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 using uintptr_t = unsigned long long;
+#define INT32_MAX 0x7FFFFFFF
 #define UINT32_MAX 0xFFFFFFFFu
 #define INFINITY __int_as_float(0x7F800000)
 #else

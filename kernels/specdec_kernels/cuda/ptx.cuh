@@ -133,6 +133,15 @@ __device__ __forceinline__ void follow() {
 #endif
 }
 
+// The same, where an address to read from afterwards has been found; not null. Without the condition the assembler
+// waits first and finds it then.
+__device__ __forceinline__ void follow(const void* found) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred p; setp.ne.u64 p, %0, 0; @p griddepcontrol.wait;}" ::"l"(found) : "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- registers of a group of four warps ------------------------------------------------------------------------------
 
 #if __CUDA_ARCH__ >= 900

@@ -54,64 +54,71 @@ __device__ uint64_t largest_word(uint64_t word, int threads) {
   return word;
 }
 
+// The largest word of a warp.
+__device__ uint64_t largest_word(uint64_t word) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t high = word >> 32, highest = __reduce_max_sync(0xFFFFFFFFu, high);
+  const uint32_t low = __reduce_max_sync(0xFFFFFFFFu, high == highest ? static_cast<uint32_t>(word) : 0);
+  return (static_cast<uint64_t>(highest) << 32) | low;
+#else
+  return largest_word(word, kWarp);
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ void largest(const T* __restrict__ logits, int64_t row_stride, int64_t node_stride,
                                         int64_t nodes, int64_t vocabulary, int64_t share,
                                         uint64_t* __restrict__ words) {
   constexpr int kLanes = 16 / sizeof(T);
-  follow();
-  const int64_t line = blockIdx.x;
+  const uint32_t line = blockIdx.x, of_row = static_cast<uint32_t>(nodes);
   // Ids are 32 bits of a word.
   const int begin = static_cast<int>(min(blockIdx.y * share, vocabulary));
   const int end = static_cast<int>(min(begin + share, vocabulary));
-  const T* row = logits + (line / nodes) * row_stride + (line % nodes) * node_stride;
+  const T* row = logits + (line / of_row) * row_stride + (line % of_row) * node_stride;
+  // Up to the first address that is a multiple of 16, then 16 bytes at a time, then what is left.
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) / sizeof(T) % kLanes);
+  const int first = min(begin + (past ? kLanes - past : 0), end), vectors = (end - first) / kLanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  // A thread for each number that is in no vector.
+  const int ahead = first - begin, single = begin + thread + (thread < ahead ? 0 : vectors * kLanes);
+  const uint4* pieces = reinterpret_cast<const uint4*>(row + first) + thread;
+  follow(pieces);
+  const float alone = single < end ? wide(row[single]) : 0.0f;
   uint64_t best = 0;
-  if (begin < end) {
-    // Up to the first address that is a multiple of 16, then 16 bytes at a time, then what is left.
-    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) / sizeof(T) % kLanes);
-    const int first = min(begin + (past ? kLanes - past : 0), end), vectors = (end - first) / kLanes;
-    const int thread = static_cast<int>(threadIdx.x);
-    const auto see = [&](int from, int to) {
-      if (from + thread < to) best = max(best, word_of(wide(row[from + thread]), from + thread));
-    };
-    see(begin, first);
-    see(first + vectors * kLanes, end);
-    if (thread < vectors) {
-      // The first of the thread's vectors that holds its largest value; which of its lanes is seen in the end. Past
-      // the last vector it sees that one again.
-      const uint4* pieces = reinterpret_cast<const uint4*>(row + first);
-      const int last = vectors - 1;
-      float most = -INFINITY;
-      int where = thread;
+  if (thread < vectors) {
+    // The first of the thread's vectors that holds its largest value. Past the last vector it sees that one again.
+    const int last = vectors - 1 - thread;
+    float most = -INFINITY;
+    int where = 0;
+    uint4 held = {};
 #pragma unroll 1
-      for (int i = thread; i < vectors; i += kBatch * kThreads) {
-        uint4 loaded[kBatch];
+    for (int i = 0; i <= last; i += kBatch * kThreads) {
+      uint4 loaded[kBatch];
 #pragma unroll
-        for (int part = 0; part < kBatch; ++part) loaded[part] = __ldg(pieces + min(i + part * kThreads, last));
+      for (int part = 0; part < kBatch; ++part) loaded[part] = __ldg(pieces + min(i + part * kThreads, last));
 #pragma unroll
-        for (int part = 0; part < kBatch; ++part) {
-          const float other = largest_of(loaded[part], T());
-          if (!(other <= most) && most == most) most = other, where = min(i + part * kThreads, last);
-        }
+      for (int part = 0; part < kBatch; ++part) {
+        const float other = largest_of(loaded[part], T());
+        if (!(other <= most) && most == most) most = other, where = min(i + part * kThreads, last), held = loaded[part];
       }
-      const uint4 held = __ldg(pieces + where);
-      const T* lanes = reinterpret_cast<const T*>(&held);
-      int found = 0;
-#pragma unroll
-      for (int lane = kLanes - 1; lane >= 0; --lane) {
-        const float value = wide(lanes[lane]);
-        if (value == most || (value != value && most != most)) found = lane;
-      }
-      best = max(best, word_of(most, first + where * kLanes + found));
     }
+    const T* lanes = reinterpret_cast<const T*>(&held);
+    int found = 0;
+#pragma unroll
+    for (int lane = kLanes - 1; lane >= 0; --lane) {
+      const float value = wide(lanes[lane]);
+      if (value == most || (value != value && most != most)) found = lane;
+    }
+    best = word_of(most, first + (thread + where) * kLanes + found);
   }
+  if (single < end) best = max(best, word_of(alone, single));
   __shared__ uint64_t of_warp[kThreads / kWarp];
-  best = largest_word(best, kWarp);
+  best = largest_word(best);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = best;
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    best = largest_word(threadIdx.x < kThreads / kWarp ? of_warp[threadIdx.x] : 0, kWarp);
-    if (threadIdx.x == 0) words[line * gridDim.y + blockIdx.y] = best;
+    best = largest_word(threadIdx.x < kThreads / kWarp ? of_warp[threadIdx.x] : 0);
+    if (threadIdx.x == 0) words[static_cast<int64_t>(line) * gridDim.y + blockIdx.y] = best;
   }
 }
 
@@ -142,46 +149,46 @@ SPECDEC_LARGEST(largest_float16, __half)
 SPECDEC_LARGEST(largest_bfloat16, __nv_bfloat16)
 
 // valid: [rows, nodes] of bytes. path, accept_prob: [rows, nodes]; count, next_token: [rows]. Shared memory: 16 bytes a
-// node, for its token, choice and next node.
+// node.
 extern "C" __global__ void __launch_bounds__(kThreads)
     walk(const uint64_t* __restrict__ words, int64_t splits, Ids tokens, Ids parents, const uint8_t* __restrict__ valid,
          int64_t valid_row, int64_t valid_node, int64_t count_nodes, int64_t chain, int64_t* __restrict__ path,
          int64_t* __restrict__ count, int64_t* __restrict__ next_token, float* __restrict__ accept_prob) {
   const int nodes = static_cast<int>(count_nodes), parts = static_cast<int>(splits);
-  extern __shared__ int64_t memory[];
-  int64_t* token = memory;
-  int32_t* choice = reinterpret_cast<int32_t*>(token + nodes);
-  int32_t* next = choice + nodes;
+  extern __shared__ int32_t memory[];
+  // Of every node: the choice that it needs, -1 where none will do, and of which node; its own; the next node.
+  int32_t *needs = memory, *above = needs + nodes, *choice = above + nodes, *next = choice + nodes;
   const int64_t row = blockIdx.x;
-  // What the first kernel does not write was there before that began.
-  for (int node = threadIdx.x; node < nodes; node += kThreads) token[node] = tokens.at(row, node), next[node] = nodes;
-  follow();
-  // As many threads share a node's words as it has, up to a warp.
-  int span = 1;
-  while (span < min(parts, kWarp)) span *= 2;
-  const int part = threadIdx.x % span, together = kThreads / span;
-#pragma unroll 4
-  for (int begin = 0; begin < nodes; begin += together) {
-    const int node = begin + threadIdx.x / span;
-    uint64_t best = 0;
-    if (node < nodes)
-      for (int i = part; i < parts; i += span) best = max(best, words[(row * nodes + node) * splits + i]);
-    best = largest_word(best, span);
-    if (node < nodes && part == 0) choice[node] = static_cast<int32_t>(~static_cast<uint32_t>(best));
-  }
-  __syncthreads();
+  // The first kernel neither writes what is read here nor reads what is written, and all before it has ended.
+#pragma unroll 1
   for (int node = threadIdx.x; node < nodes; node += kThreads) {
     path[row * nodes + node] = -1;
     accept_prob[row * nodes + node] = 0;
     // A child stands behind its parent.
-    const int64_t parent = chain ? node - 1 : parents.at(row, node);
-    if (parent >= 0 && parent < node && valid[row * valid_row + node * valid_node] && token[node] == choice[parent])
-      atomicMin(next + parent, node);
+    const int64_t parent = chain ? node - 1 : parents.at(row, node), token = tokens.at(row, node);
+    const bool can = parent >= 0 && parent < node && valid[row * valid_row + node * valid_node];
+    needs[node] = can && token >= 0 && token <= INT32_MAX ? static_cast<int32_t>(token) : -1;
+    above[node] = can ? static_cast<int32_t>(parent) : 0;
+    next[node] = nodes;
   }
+  // As many threads share a node as it has words, of which there are no more than threads of a warp.
+  const int bits = 32 - __clz(parts - 1), span = 1 << bits, part = threadIdx.x % span, from = threadIdx.x >> bits;
+  const uint64_t* mine = words + row * nodes * parts + part;
+  follow(mine);
+#pragma unroll 1
+  for (int node = from; node - from < nodes; node += kThreads >> bits) {
+    const uint64_t best = largest_word(node < nodes && part < parts ? mine[node * parts] : 0, span);
+    if (node < nodes && part == 0) choice[node] = static_cast<int32_t>(~static_cast<uint32_t>(best));
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int node = threadIdx.x; node < nodes; node += kThreads)
+    if (needs[node] >= 0 && needs[node] == choice[above[node]]) atomicMin(next + above[node], node);
   __syncthreads();
   if (threadIdx.x > 0) return;
   int node = 0, depth = 0;
-  // Written after the padding: the barrier above orders the two.
+  // Written after the padding: the barriers above order the two.
+#pragma unroll 1
   for (int child = next[node]; child < nodes; child = next[node]) {
     path[row * nodes + depth] = child;
     accept_prob[row * nodes + child] = 1;

@@ -12,8 +12,9 @@ _WALK = "Pq" + 2 * "P3q" + "P4q4P"
 # Token, choice and next node of a node in the shared memory of a walk; 48 KiB are always there.
 _NODE_BYTES = 16
 MOST_NODES = (48 << 10) // _NODE_BYTES
-# Enough blocks for every multiprocessor of a large device several times, and enough of a row for each.
-_BLOCKS, _LEAST_SHARE, _MOST_SPLITS = 1024, 2048, 64
+# Enough blocks for every multiprocessor of a large device, and enough of a row for each. A walk has a thread for each
+# word of a node, at most a warp.
+_BLOCKS, _LEAST_SHARE, _MOST_SPLITS = 256, 2048, 16
 
 
 def verify_greedy(
