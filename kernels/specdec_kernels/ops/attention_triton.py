@@ -29,7 +29,8 @@ _MOST_SPLIT_NODES = 64
 _MANY_PAIRS = 64
 # Programs that keep a large device busy.
 _PROGRAMS = 128
-_COMBINED = 16
+# Partial results, and channels of them, that a warp adds up at once.
+_COMBINED, _CHANNELS = 32, 32
 
 
 def refuse(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -88,9 +89,10 @@ def tree_attention(
         num_warps=8 if block_m > 64 else 4, num_stages=stages(query.device, 3) if narrow else 2,
     )  # fmt: skip
     if splits > 1:
-        _combine[(rows * n * heads,)](
+        channels = min(padded, _CHANNELS)
+        _combine[(rows * n * heads, padded // channels)](
             partial, stats, length, out, n, heads, splits, split, rows * n * heads * splits, length.stride(0),
-            SIZE=size, PADDED=padded, BLOCK=_COMBINED, num_warps=4,
+            SIZE=size, CHANNELS=channels, BLOCK=_COMBINED, num_warps=1,
         )  # fmt: skip
     return out
 
@@ -194,18 +196,18 @@ def _attend(
 @no_type_check
 def _combine(
     partial, stats, length, out, n, heads, splits, split, total, length_row,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     node = (line // heads) % n
     used = tl.load(length + line // heads // n * length_row)
     # What stands past the node itself it does not see, and the programs there may have left nothing behind.
     count = tl.minimum((used + node) // split + 1, splits).to(tl.int32)
-    channel = tl.arange(0, PADDED)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     whole = channel < SIZE
     highest = tl.full((), float("-inf"), tl.float32)
     weight = tl.full((), 0.0, tl.float32)
-    mixed = tl.zeros((PADDED,), tl.float32)
+    mixed = tl.zeros((CHANNELS,), tl.float32)
     for first in range(0, count, BLOCK):
         part = first + tl.arange(0, BLOCK)
         there = part < count
