@@ -112,10 +112,18 @@ def test_the_widest_vector_divides_all_it_must(numbers):
     assert width == 16 or any(number % (2 * width) for number in numbers)
 
 
+@given(pairs=st.integers(1, 5000), vectors=st.integers(1, 5000))
+def test_the_vectors_of_a_block_divide_its_threads_and_are_whole_warps(pairs, vectors):
+    across = keep_cuda.choose_across(pairs, vectors)
+    assert across in (32, 64, 128)
+    assert across == 32 or across < 2 * vectors
+
+
 @given(nodes=st.integers(0, 5000), vocabulary=st.integers(1, 300_000), item=st.sampled_from([2, 4]))
 def test_splits_cover_a_row_in_whole_vectors(nodes, vocabulary, item):
     splits, share = verify_cuda.choose_splits(nodes, vocabulary, item)
-    assert 1 <= splits <= 64
+    # A walk has a thread of one warp for each.
+    assert 1 <= splits <= 32
     assert splits * share >= vocabulary
     assert share * item % 16 == 0
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from specdec_kernels.cuda import library
 from specdec_kernels.ops import keep as definition
 
-_PARAMETERS = "4P7q"
-_THREADS = 128
+_PARAMETERS, _THREADS = "4P8q", 256
+# Vectors of a slot that a block has at most, and blocks that keep a large device busy.
+_ACROSS, _BLOCKS = 128, 128
 
 
 def keep(
@@ -31,7 +32,8 @@ def keep(
         steps = [stride * item for stride in strides]
         vector = vector_bytes(buffer.data_ptr(), slot, *steps)
         vectors = slot // vector
-        chunks = -(-vectors // _THREADS)
+        across = choose_across(groups * rows, vectors)
+        chunks = -(-vectors // across)
         library.load("kv_keep", f"kv_keep_{vector}", _PARAMETERS, _THREADS, buffer.device)(
             (groups * rows * chunks, 1),
             buffer.data_ptr(),
@@ -41,9 +43,19 @@ def keep(
             rows,
             width,
             chunks,
+            across,
             vectors,
             *(step // vector for step in steps),
         )
+
+
+def choose_across(pairs: int, vectors: int) -> int:
+    """Vectors of a slot that a block has, a power of two, for so many groups and rows.
+
+    The fewer, the more nodes its threads have on their way at once, which few blocks need and many do not.
+    """
+    across = _ACROSS if pairs * vectors > _ACROSS * _BLOCKS else _ACROSS // 2
+    return max(32, min(across, 1 << (vectors - 1).bit_length()))
 
 
 def vector_bytes(*numbers: int) -> int:
