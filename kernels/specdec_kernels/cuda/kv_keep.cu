@@ -19,9 +19,10 @@ __device__ __forceinline__ void keep(
   __shared__ int32_t steps[kMostLanes * kBatch];
   const uint32_t chunk = blockIdx.x % static_cast<uint32_t>(chunks), pair = blockIdx.x / static_cast<uint32_t>(chunks);
   const uint32_t row = pair % static_cast<uint32_t>(rows), group = pair / static_cast<uint32_t>(rows);
-  const int thread = static_cast<int>(threadIdx.x), columns = static_cast<int>(across), lanes = kThreads / columns;
-  const int lane = thread / columns, run = lanes * kBatch;
-  const int64_t vector = chunk * across + thread % columns;
+  // Powers of two.
+  const int bits = 31 - __clz(static_cast<int>(across)), lanes = kThreads >> bits, run = lanes * kBatch;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread >> bits;
+  const int64_t vector = chunk * across + (thread & (static_cast<int>(across) - 1));
   // How many slots forward the thread's node of a run comes from. The first are asked for before how many are kept is
   // known, so that both come together.
   const auto step_of = [&](int64_t place) {
