@@ -18,6 +18,8 @@ from specdec_kernels.ops.verify import NO_COINS
 _COUPLED = tl.constexpr(COUPLED)
 ACCEPTING, DRAWING = tl.constexpr(ACCEPT), tl.constexpr(TOKEN)
 _BLOCK = 1024
+# Counters of a program: four words of 64 bits each are stored.
+_COUNTERS = 256
 
 
 @triton.jit
@@ -98,11 +100,13 @@ def most_noise(word):
 def _philox(
     out, c0, c1, c2, c3, seed, count, columns, depth,
     s00, s01, s02, s10, s11, s12, s20, s21, s22, s30, s31, s32, seed_stride,
-    block: tl.constexpr,
+    wide: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    index = tl.program_id(0).to(tl.int64 if wide else tl.int32) * block + tl.arange(0, block)
     mask = index < count
+    # Divided in 32 bits where they suffice: in 64 that takes longer than making the words.
     row, column, lane = index // (columns * depth), (index // depth) % columns, index % depth
+    row, column, lane = row.to(tl.int64), column.to(tl.int64), lane.to(tl.int64)
     w0, w1, w2, w3 = words(
         tl.load(c0 + row * s00 + column * s01 + lane * s02, mask=mask, other=0) & 0xFFFFFFFF,
         tl.load(c1 + row * s10 + column * s11 + lane * s12, mask=mask, other=0) & 0xFFFFFFFF,
@@ -110,10 +114,11 @@ def _philox(
         tl.load(c3 + row * s30 + column * s31 + lane * s32, mask=mask, other=0) & 0xFFFFFFFF,
         tl.load(seed + row * seed_stride, mask=mask, other=0),
     )
+    # A step at a time, because three counts may not fit the type of one.
     tl.store(out + index, w0.to(tl.int64), mask=mask)
     tl.store(out + count + index, w1.to(tl.int64), mask=mask)
-    tl.store(out + 2 * count + index, w2.to(tl.int64), mask=mask)
-    tl.store(out + 3 * count + index, w3.to(tl.int64), mask=mask)
+    tl.store(out + count + count + index, w2.to(tl.int64), mask=mask)
+    tl.store(out + count + count + count + index, w3.to(tl.int64), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "columns", "purpose", "last"])
@@ -155,10 +160,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
         full = (*shape, 1, 1)[:3]
         spread = [word.long() for word in counter]
         strides = [stride for word in spread for stride in (*word.stride(), 0, 0)[:3]]
-        grid = (triton.cdiv(count, _BLOCK),)
+        grid = (triton.cdiv(count, _COUNTERS),)
         _philox[grid](
-            out, *spread, seed, count, full[1], full[2], *strides, seed.expand(shape[0]).stride(0), block=_BLOCK
-        )
+            out, *spread, seed, count, full[1], full[2], *strides, seed.expand(shape[0]).stride(0),
+            wide=count + _COUNTERS > 2**31, block=_COUNTERS,
+        )  # fmt: skip
     return tuple(out)
 
 
