@@ -83,11 +83,13 @@ def provenance(**settings: Any) -> dict[str, Any]:
             (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
         )
     packages = ("torch", "transformers", "specdec-lab")
+    # A tree that was copied without its history is told its commit; git would speak of a folder around it, and whether
+    # the copy was changed nobody knows.
+    told = os.environ.get(COMMIT)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        # A tree that was copied without its history is told its commit; git might find that of a folder around it.
-        "commit": os.environ.get(COMMIT) or git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": told or git("rev-parse", "HEAD"),
+        "dirty": None if told else bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
