@@ -83,6 +83,22 @@ def test_kept_slots_move_to_the_front_and_nothing_else_changes(
 
 
 @pytest.mark.parametrize("implementation", ["torch", *runnable("kv_keep", torch.float32)])
+@pytest.mark.parametrize(("groups", "size"), [(2, 16), (2, 257), (20, 257)])
+def test_paths_longer_than_what_a_block_has_at_once_are_kept(groups, size, implementation):
+    # Small slots, large ones, and large ones of many groups: a block of the CUDA version has 32, 64 and 128 vectors,
+    # and 32, 16 and 8 nodes on their way.
+    rows, width, slots = 4, 40, 90
+    buffer = torch.arange(groups * rows * slots * size, device=DEVICE).view(groups, rows, slots, 1, size)
+    buffer = (buffer * 40503 % 65521).to(torch.int16)
+    nodes = [sorted((7 * row + 2 * index) % 80 for index in range(width)) for row in range(rows)]
+    base, count = [0, 3, 9, 1], [40, 33, 0, 17]
+    expected = plainly(buffer, base, nodes, count)
+    keep = resolve("kv_keep", DEVICE, torch.float32, requested=implementation)
+    keep((buffer,), *(torch.tensor(part, device=DEVICE) for part in (base, nodes, count)))
+    assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("implementation", ["torch", *runnable("kv_keep", torch.float32)])
 def test_several_buffers_are_kept_alike(implementation):
     buffers = tuple(torch.arange(2.0 * 6 * size, device=DEVICE).view(1, 2, 6, 1, size) for size in (1, 4))
     base, count = torch.tensor([0, 1], device=DEVICE), torch.tensor([2, 3], device=DEVICE)
