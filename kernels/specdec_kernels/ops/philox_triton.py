@@ -20,6 +20,8 @@ ACCEPTING, DRAWING = tl.constexpr(ACCEPT), tl.constexpr(TOKEN)
 _BLOCK = 1024
 # Counters of a program: four words of 64 bits each are stored.
 _COUNTERS = 256
+# Counters from which on their places take 64 bits.
+_WIDE = 2**31
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
         grid = (triton.cdiv(count, _COUNTERS),)
         _philox[grid](
             out, *spread, seed, count, full[1], full[2], *strides, seed.expand(shape[0]).stride(0),
-            wide=count + _COUNTERS > 2**31, block=_COUNTERS,
+            wide=count + _COUNTERS > _WIDE, block=_COUNTERS,
         )  # fmt: skip
     return tuple(out)
 
