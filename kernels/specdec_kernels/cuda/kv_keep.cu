@@ -54,7 +54,8 @@ __device__ __forceinline__ void keep(
 }  // namespace
 
 // slots: groups x rows x c slots of `vectors` vectors of type V, strides in vectors; base, count: [rows]; nodes: [rows,
-// width], contiguous. A block for every group, row and `chunks` of `across` vectors, 32 to 256 (ops/keep_cuda.py).
+// width], contiguous. A block for every group, row and `chunks` of `across` vectors, a power of two from 32 to 256
+// (ops/keep_cuda.py).
 #define SPECDEC_KEEP(name, V)                                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads)                                                           \
       name(V* slots, const int64_t* base, const int64_t* nodes, const int64_t* count, int64_t rows, int64_t width, \

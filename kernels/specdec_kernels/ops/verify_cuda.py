@@ -9,7 +9,7 @@ from specdec_kernels.ops.walk import Verification
 
 _LARGEST, _THREADS = "P5qP", 256
 _WALK = "Pq" + 2 * "P3q" + "P4q4P"
-# Token, choice and next node of a node in the shared memory of a walk; 48 KiB are always there.
+# What a walk holds of a node in shared memory (cuda/verify_greedy.cu), of which 48 KiB are always there.
 _NODE_BYTES = 16
 MOST_NODES = (48 << 10) // _NODE_BYTES
 # Enough blocks for every multiprocessor of a large device, and enough of a row for each. A walk has a thread for each
