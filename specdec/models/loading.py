@@ -149,7 +149,8 @@ def choose_device(device: str) -> torch.device:
     if place.type not in ("cpu", "cuda", "mps"):
         raise ModelError(f"device {device!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[place.type]
-    if (place.index or 0) >= count:
+    # torch keeps 8 bits of an index: it takes cuda:256 for cuda:0.
+    if str(place) != device or (place.index or 0) >= count:
         raise ModelError(f"device {device!r} is not available ({count} {place.type} devices found); use auto or cpu")
     return place
 

@@ -224,7 +224,8 @@ def test_unsupported_choices_are_refused_before_anything_is_read():
     assert "dtype 'int3' is not supported; use one of float64, float32" in refusal("x", dtype="int3")
     assert "device 'tpu9'" in refusal("x", device="tpu9")
     assert "device 'meta' is not supported" in refusal("x", device="meta")
-    assert "device 'cuda:99' is not available" in refusal("x", device="cuda:99")
+    for device in ("cuda:99", "cuda:256", "cuda:999"):
+        assert f"device '{device}' is not available" in refusal("x", device=device)
     assert "adapter 'vllm' is not one of" in refusal("x", adapter="vllm")
     with pytest.raises(ModelError, match="does not exist on mps"):
         choose_dtype("float64", torch.device("mps"))
