@@ -177,8 +177,9 @@ def _verdict(baseline: Mapping[str, Any], tokenizer: Any) -> list[Text]:
 
 def _figures(columns: Sequence[str]) -> Table:
     table = Table(box=None, show_header=any(columns), padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=not column)
+    # A label stays in its line; what is long beside it goes on in the next, and nothing is left out.
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
     return table
 
 

@@ -88,7 +88,12 @@ def test_doctor_names_the_compiler_of_cuda_sources(monkeypatch: pytest.MonkeyPat
     found = json.loads(invoke("doctor", "--json", "--device", "cpu").stdout)["cuda_compiler"]
     assert found == {"name": "nvcc", "version": "1.2", "path": str(nvcc)}
     monkeypatch.setenv("SPECDEC_CUDA_COMPILER", "other")
-    assert "knows no compiler 'other'" in " ".join(invoke("doctor", "--device", "cpu").stdout.split())
+    monkeypatch.setenv("COLUMNS", "50")
+    shown = invoke("doctor", "--device", "cpu").stdout
+    # In a narrow terminal, too, labels are whole, and what they say goes on in the next line.
+    assert "\nCUDA C++ with   knows" in shown
+    assert "…" not in shown
+    assert "knows no compiler 'other'; set SPECDEC_CUDA_COMPILER to nvcc, nvrtc or auto" in " ".join(shown.split())
 
 
 def test_doctor_profiles_a_model() -> None:
