@@ -35,6 +35,8 @@ import torch
 from common import provenance
 from torch import Tensor
 
+from specdec.models.loading import choose_device
+from specdec.models.report import ModelError
 from specdec_kernels.dispatch import OPERATIONS, choose, resolve
 
 # A Llama-3 8B layer: 32 query heads over 8 key-value heads of 128, hidden 4096, inner 14336, 32 layers.
@@ -691,7 +693,10 @@ def main(
     unknown = sorted(set(ops) - set(cases()))
     if unknown:
         raise click.UsageError(f"no cases for {', '.join(unknown)}; there are {', '.join(cases())}")
-    place = torch.device(device)
+    try:
+        place = choose_device(device)
+    except ModelError as error:
+        raise click.UsageError(str(error)) from error
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     if place.type != "cuda":

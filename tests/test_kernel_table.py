@@ -48,6 +48,13 @@ def test_an_operation_without_cases_is_refused_in_one_line():
     assert "no cases for conv; there are verify_greedy, " in done.stderr
 
 
+def test_a_device_that_is_not_there_is_refused_in_one_line():
+    done = run("--device", "cuda:999")
+    assert done.returncode == 2
+    assert "device 'cuda:999' is not available (" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_tree_without_history_is_told_its_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_COMMIT", "0123abc")
     done = run("--seconds", "0", "--out", str(tmp_path / "table"))
